@@ -1,0 +1,159 @@
+"""The released models of the family, and the names people call them by.
+
+What it is: `models.json` read into `CatalogEntry` records, one for each published checkpoint (`llama3.2:1b` and
+`llama3.2:1b-base` are two), and `lookup`, which finds one by short name, hub id or the model's own name.
+What it is not: a gate. A hub id that is not in the catalog can be pulled and run all the same; a model that Puna cannot
+run yet is listed here, and says why. Prompt Guard is left out: it is a DeBERTa classifier, not a Llama.
+What is surprising: the short name of a size means its chat or instruct checkpoint where there is one; the pretrained
+one is asked for with `-base` (`llama3.2:1b-base`), Code Llama's third form with `-python`. A generation alone
+(`llama3.2`) names no model, because a guess at the size may cost a hundred gigabytes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from puna.errors import HubError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# Where a hub model's licence is read and accepted. A fact about the public hub, so a mirror (HF_ENDPOINT) does not
+# change it: mirrors pass on what was accepted there.
+HUB_PAGE = "https://huggingface.co"
+
+_NOT_YET = {
+    "vision": "it reads pictures through cross-attention layers, which Puna does not implement yet",
+    "llama4": "Llama 4's mixture of experts and chunked attention are not implemented yet",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogEntry:
+    """One published checkpoint.
+
+    Sizes count as the papers do: `params` is every weight once (a tied head is not counted twice) and None where no
+    exact figure is known (vision models); `ffn_dim` is the width of the SwiGLU's hidden layer; `context_length` is in
+    tokens. `rope_scaling` is spelled as the hub's config.json spells it, or None.
+    """
+
+    short_name: str
+    aliases: tuple[str, ...]
+    name: str
+    generation: str
+    variant: str
+    hub_id: str
+    architecture: str
+    released: str
+    params: int | None
+    params_stated: str
+    layers: int
+    dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: Mapping[str, Any] | None
+    context_length: int
+    tied: bool
+    licence: str
+    licence_name: str
+    gated: bool
+    note: str
+    meta_folders: tuple[str, ...]
+    meta_shards: int
+
+    @property
+    def licence_page(self) -> str:
+        """The page where the licence is read, and accepted where the model is gated."""
+        return f"{HUB_PAGE}/{self.hub_id}"
+
+    @property
+    def download_bytes(self) -> int | None:
+        """About what `puna pull` fetches: the released weights take two bytes a parameter. None if unknown."""
+        return None if self.params is None else 2 * self.params
+
+    @property
+    def runnable(self) -> bool:
+        """Whether this version of Puna runs the model."""
+        return self.architecture not in _NOT_YET
+
+    @property
+    def not_runnable_because(self) -> str:
+        """The reason why `runnable` is False, as the end of a sentence; empty where it is True."""
+        return _NOT_YET.get(self.architecture, "")
+
+
+@cache
+def entries() -> tuple[CatalogEntry, ...]:
+    """Every checkpoint of the catalog, oldest generation first, each size's default variant before its others."""
+    data = json.loads(resources.files(__package__).joinpath("models.json").read_text(encoding="utf-8"))
+    found = []
+    for size in data["models"]:
+        facts = {key: value for key, value in size.items() if key not in ("short", "aliases", "variants")}
+        for index, (variant, own) in enumerate(size["variants"].items()):
+            suffixed = [f"{short}-{variant}" for short in (size["short"], *size.get("aliases", ()))]
+            # The default variant goes by the bare name and answers to the suffixed one too.
+            names = [size["short"], *size.get("aliases", ()), *suffixed] if index == 0 else suffixed
+            merged = {"note": "", "meta_shards": 0, "meta_folders": (), **facts, **own}
+            merged["meta_folders"] = tuple(merged["meta_folders"])
+            found.append(
+                CatalogEntry(
+                    short_name=names[0],
+                    aliases=tuple(names[1:]),
+                    variant=variant,
+                    licence_name=data["licences"][size["licence"]],
+                    **merged,
+                )
+            )
+    return tuple(found)
+
+
+@cache
+def _by_name() -> dict[str, CatalogEntry]:
+    """Lower-case name (short names, aliases, hub ids, the last part of hub ids) to entry."""
+    index: dict[str, CatalogEntry] = {}
+    for entry in entries():
+        hub_name = entry.hub_id.split("/")[1].lower()
+        for name in (entry.short_name, *entry.aliases, entry.hub_id.lower(), hub_name, hub_name.removesuffix("-hf")):
+            index.setdefault(name, entry)
+    return index
+
+
+def find(name: str) -> CatalogEntry | None:
+    """The entry called `name` (short name, hub id, or the model's own name; case does not matter), or None."""
+    return _by_name().get(name.strip().lower())
+
+
+def lookup(name: str) -> CatalogEntry:
+    """The entry called `name`, as `find` does.
+
+    Raises:
+        HubError: no model of the catalog has that name; the remedy offers the nearest ones.
+    """
+    entry = find(name)
+    if entry is None:
+        raise HubError(f"There is no model called {name!r} in the catalog.", remedy=_suggestion(name))
+    return entry
+
+
+def _suggestion(name: str) -> str:
+    """What the person may have meant: the sizes of a generation, or the nearest spellings."""
+    asked = name.strip().lower()
+    sizes = [entry.short_name for entry in entries() if entry.generation == asked]
+    if sizes:
+        return f"Name the size too: {', '.join(sizes)}."
+    nearest = difflib.get_close_matches(asked, _by_name(), n=8, cutoff=0.6)
+    # Several spellings of one model are one suggestion.
+    close = list(dict.fromkeys(_by_name()[match].short_name for match in nearest))[:3]
+    if close:
+        return f"Did you mean {' or '.join(close)}?"
+    return "`puna models` lists the short names; any other model goes by its hub id, org/name."

@@ -1,0 +1,61 @@
+"""Every error Puna raises on purpose, each with what to do next.
+
+What it is: one small tree of exceptions. `UserError` and its children mean that the input (a file, a flag, a prompt)
+is at fault: the command line prints them without a traceback and exits with 2. Any other `PunaError` exits with 1.
+What it is not: a place for messages; whoever finds the fault words it.
+What is surprising: `remedy` is not optional prose. An error without a next step is half an error.
+"""
+
+from __future__ import annotations
+
+
+class PunaError(Exception):
+    """Something Puna noticed and can explain. `str()` gives the message, then the remedy on its own line."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.remedy}" if self.remedy else self.message
+
+
+class UserError(PunaError):
+    """The user's input is at fault: exit code 2, no traceback."""
+
+    exit_code = 2
+
+
+class UsageError(UserError):
+    """A flag or option that cannot be honoured as given."""
+
+
+class ConfigError(UserError):
+    """A model configuration with a missing, unknown or unimplemented value."""
+
+
+class CheckpointError(UserError):
+    """A weight file that is damaged, hostile, incomplete, or not what its name says."""
+
+
+class TokenizerError(UserError):
+    """A tokenizer file that cannot be read, or text it cannot encode."""
+
+
+class ChatFormatError(UserError):
+    """A chat template that fails or exceeds its limits, or messages it cannot express."""
+
+
+class ContextError(UserError):
+    """A prompt (with the answer asked for) longer than the model's context. Nothing is ever cut to fit."""
+
+
+class HubError(UserError):
+    """A model that could not be found or fetched."""
+
+
+class DeviceError(UserError):
+    """A device, extra or kernel that was asked for and is not available here."""

@@ -1,0 +1,175 @@
+"""The ops a model is written in, and which implementation serves each one, and why.
+
+What it is: ten signatures. An op goes by where its arrays live: NumPy arrays to our C++ (or to the NumPy reference
+where the extension is absent or was not asked for), torch tensors to torch.
+What it is not: arithmetic. Each op is defined in `reference.py`; read that for shapes and formulas.
+What is surprising: the table is settled once, on first use or by `select()` at start-up, and then stays; nothing is
+probed between two tokens. `table()` prints what was chosen, with the reason (`puna doctor` shows it).
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from puna.errors import DeviceError, UsageError
+from puna.kernels import reference
+
+Array = Any
+"""A numpy.ndarray or a torch.Tensor; every op takes and gives one kind."""
+
+NAMES = (
+    "embedding", "rms_norm", "linear", "rope_table", "rope", "write_kv", "attention", "swiglu", "argmax",
+)  # fmt: skip
+
+KERNELS = ("auto", "reference", "scalar", "avx2", "avx512", "neon")
+"""What `--kernels` takes: the fastest available, the NumPy reference, or one instruction set of the C++."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One row of the table: the op, what serves it on the host, and why that one."""
+
+    op: str
+    implementation: str
+    reason: str
+
+
+class _Host:
+    """The settled table for NumPy arrays: one attribute an op."""
+
+    embedding: Any
+    rms_norm: Any
+    linear: Any
+    rope_table: Any
+    rope: Any
+    write_kv: Any
+    attention: Any
+    swiglu: Any
+    argmax: Any
+
+    def __init__(self, kernels: str) -> None:
+        self.kernels = kernels
+        self.choices: list[Choice] = []
+        native, why_not = None, ""
+        if kernels != "reference":
+            try:
+                from puna.kernels import cpu as native_module
+
+                native = native_module
+            except ImportError as error:
+                why_not = f"the C++ extension is not built here ({error})"
+                if kernels != "auto":
+                    raise DeviceError(
+                        f"--kernels {kernels} needs the C++ extension, which is not built here ({error}).",
+                        remedy="Install Puna with `pip install .` and a C++ compiler, or use --kernels reference.",
+                    ) from error
+        if native is not None:
+            isa, reason = native.use(None if kernels == "auto" else kernels)
+        for op in NAMES:
+            fast = getattr(native, op, None) if native is not None else None
+            if fast is not None:
+                choice = Choice(op, f"C++ {isa}", reason)
+            elif native is not None:
+                choice = Choice(op, "NumPy reference", "cheap: NumPy is as fast as C++ here")
+            else:
+                choice = Choice(op, "NumPy reference", why_not or "asked for by --kernels reference")
+            setattr(self, op, fast or getattr(reference, op))
+            self.choices.append(choice)
+
+
+_host: _Host | None = None
+_torch: Any = None
+
+
+def select(kernels: str = "auto") -> None:
+    """Settle which implementation serves NumPy arrays; call it once, at start. `kernels` is one of KERNELS.
+
+    Raises UsageError for another name and DeviceError when that implementation cannot run on this machine.
+    """
+    global _host
+    if kernels not in KERNELS:
+        raise UsageError(f"--kernels {kernels}: no such kernels.", remedy=f"One of: {', '.join(KERNELS)}.")
+    _host = _Host(kernels)
+
+
+def table() -> list[Choice]:
+    """What serves each op on NumPy arrays, and why."""
+    return _settled().choices
+
+
+def summary() -> str:
+    """The table in a few words, for a record of a run: `C++ avx512`, or `NumPy reference`."""
+    return next(choice.implementation for choice in table() if choice.op == "linear")
+
+
+def machine() -> str:
+    """The processor's architecture as the platform names it (`x86_64`, `aarch64`)."""
+    return platform.machine()
+
+
+def _settled() -> _Host:
+    global _host
+    if _host is None:
+        _host = _Host("auto")
+    return _host
+
+
+def _serving(x: Array) -> Any:
+    if isinstance(x, np.ndarray):
+        return _host or _settled()
+    global _torch
+    if _torch is None:
+        from puna.kernels import torch_ops
+
+        _torch = torch_ops
+    return _torch
+
+
+def embedding(table: Any, ids: Array) -> Array:
+    """Rows of `table` [V, dim] for `ids` [*] → [*, dim]."""
+    return _serving(ids).embedding(table, ids)
+
+
+def rms_norm(x: Array, weight: Any, eps: float) -> Array:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension."""
+    return _serving(x).rms_norm(x, weight, eps)
+
+
+def linear(x: Array, weight: Any, bias: Any = None) -> Array:
+    """x [*, in] · weight [out, in]ᵀ + bias [out] → [*, out]."""
+    return _serving(x).linear(x, weight, bias)
+
+
+def rope_table(positions: Array, inv_freq: Any) -> tuple[Array, Array]:
+    """cos and sin of position · inv_freq: [*, T] and [D/2] → two of [*, T, D/2]."""
+    tables: tuple[Array, Array] = _serving(positions).rope_table(positions, inv_freq)
+    return tables
+
+
+def rope(x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
+    """Rotate pairs of x [*, T, H, D]: neighbours when `interleaved`, else halves."""
+    return _serving(x).rope(x, cos, sin, interleaved)
+
+
+def write_kv(cache_k: Array, cache_v: Array, k: Array, v: Array, positions: Array) -> None:
+    """Store k, v [B, T, G, D] in the caches [B, S, G, D] at `positions` [B, T], in place; -1 is not stored."""
+    _serving(k).write_kv(cache_k, cache_v, k, v, positions)
+
+
+def attention(q: Array, k: Array, v: Array, positions: Array | None) -> Array:
+    """Causal grouped attention: q [B, T, H, D], k and v [B, S, G, D] → [B, T, H, D]."""
+    return _serving(q).attention(q, k, v, positions)
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+    """silu(gate) · up."""
+    return _serving(gate).swiglu(gate, up)
+
+
+def argmax(logits: Array) -> Array:
+    """The id of the largest logit: [*, V] → int32 [*]."""
+    return _serving(logits).argmax(logits)

@@ -1,0 +1,79 @@
+"""The ops on torch tensors: differentiable, on any device, in the tensors' own type.
+
+What it is: the torch twin of `reference.py`, op by op, same shapes and the same meaning of positions. Training,
+`--device cuda` and torch.compile all run through here.
+What it is not: the CPU inference path; NumPy arrays go to C++.
+What is surprising: where transformers rounds (norms in float32, then back to the weights' type), this rounds at the
+same place, so that a bf16 model gives the answers its authors saw.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+Tensor = torch.Tensor
+
+
+def embedding(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows of `table` [V, dim] for `ids` [*] → [*, dim] in the table's type."""
+    return F.embedding(ids.long(), table)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight, the mean in float32."""
+    wide = x.float()
+    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * scaled.to(x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x · weightᵀ + bias."""
+    return F.linear(x, weight, bias)
+
+
+def rope_table(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · inv_freq, in float32 whatever the model's type."""
+    angle = positions[..., None].float() * inv_freq
+    return angle.cos(), angle.sin()
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotate pairs of x [*, T, H, D]; see the reference for the two pairings."""
+    cos, sin = cos[..., None, :].to(x.dtype), sin[..., None, :].to(x.dtype)
+    half = x.shape[-1] // 2
+    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
+    turned = (a * cos - b * sin, b * cos + a * sin)
+    return torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+
+
+def write_kv(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
+    """Store k, v [B, T, G, D] in the caches [B, S, G, D], in place, at `positions` [B, T]; -1 is not stored."""
+    row, column = torch.nonzero(positions >= 0, as_tuple=True)
+    where = positions[row, column].long()
+    cache_k[row, where] = k[row, column].to(cache_k.dtype)
+    cache_v[row, where] = v[row, column].to(cache_v.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> Tensor:
+    """softmax(q·kᵀ/√D)·v, causal and grouped, by torch's scaled_dot_product_attention."""
+    query, key, value = (t.transpose(1, 2) for t in (q, k.to(q.dtype), v.to(q.dtype)))
+    if positions is None:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2)
+    seen = torch.arange(k.shape[1], device=q.device) <= positions[:, None, :, None]
+    # A padded query sees nothing; softmax over nothing is NaN, so let it see key 0 and clear its row afterwards.
+    padded = positions < 0
+    seen = seen | (padded[:, None, :, None] & (torch.arange(k.shape[1], device=q.device) == 0))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
+    return out.transpose(1, 2).masked_fill(padded[..., None, None], 0)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up."""
+    return F.silu(gate) * up
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """The id of the largest logit: [*, V] → int32 [*]."""
+    return logits.argmax(-1).to(torch.int32)

@@ -1,0 +1,138 @@
+"""The dense Llama decoder, complete: Llama 1, 2, 3, 3.1, 3.2 (text), 3.3 and Code Llama are this with other numbers.
+
+What it is: pure functions over a tree of weights. `forward` gives hidden states, `logits` turns them into scores.
+What it is not: a loop that generates (`puna.engine`), or anything that knows where its arrays live (`puna.kernels.ops`).
+What is surprising: there is no attention mask. Positions say everything: a query at position p sees the keys at 0 to p
+of its own sequence, and position -1 marks padding, which is computed and means nothing.
+
+Shapes: B sequences, T new tokens of each, V vocabulary, H heads, G key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from puna.kernels import ops
+from puna.models.config import DecoderConfig
+from puna.models.tree import DecoderWeights, KVCache, Layer, Linear
+
+Array = Any
+
+
+def forward(
+    weights: DecoderWeights, config: DecoderConfig, tokens: Array, positions: Array, cache: KVCache | None = None
+) -> Array:
+    """Hidden states after the last norm, [B, T, dim], for token ids [B, T] at `positions` [B, T] (int32, -1 for padding).
+
+    With a cache, the new keys and values are written to it at those positions and attention reads it. Without one the
+    tokens must be a whole stretch, positions 0 to T - 1 in every row: training, or scoring a text.
+    """
+    x = ops.embedding(weights.embedding, tokens)
+    cos, sin = ops.rope_table(positions, weights.inv_freq)
+    for i, layer in enumerate(weights.layers):
+        kv = None if cache is None else (cache.keys[i], cache.values[i])
+        x = x + attention(layer, config, ops.rms_norm(x, layer.attention_norm, config.norm_eps), cos, sin, positions, kv)
+        x = x + feed_forward(layer, ops.rms_norm(x, layer.mlp_norm, config.norm_eps))
+    return ops.rms_norm(x, weights.norm, config.norm_eps)
+
+
+def attention(
+    layer: Layer,
+    config: DecoderConfig,
+    x: Array,
+    cos: Array,
+    sin: Array,
+    positions: Array,
+    kv: tuple[Array, Array] | None,
+) -> Array:
+    """Grouped-query attention with rotary positions: x [B, T, dim] → [B, T, dim]."""
+    *BT, _ = x.shape
+    q = linear(x, layer.q).reshape(*BT, config.heads, config.head_dim)
+    k = linear(x, layer.k).reshape(*BT, config.kv_heads, config.head_dim)
+    v = linear(x, layer.v).reshape(*BT, config.kv_heads, config.head_dim)
+    q = ops.rope(q, cos, sin, config.interleaved_rope)
+    k = ops.rope(k, cos, sin, config.interleaved_rope)
+    if kv is None:
+        out = ops.attention(q, k, v, None)
+    else:
+        ops.write_kv(*kv, k, v, positions)
+        out = ops.attention(q, *kv, positions)
+    return linear(out.reshape(*BT, config.heads * config.head_dim), layer.o)
+
+
+def feed_forward(layer: Layer, x: Array) -> Array:
+    """The gated feed-forward (SwiGLU): x [B, T, dim] → [B, T, dim]."""
+    return linear(ops.swiglu(linear(x, layer.gate), linear(x, layer.up)), layer.down)
+
+
+def logits(weights: DecoderWeights, hidden: Array) -> Array:
+    """Scores over the vocabulary for hidden states of `forward`: [*, dim] → [*, V]."""
+    return ops.linear(hidden, weights.embedding if weights.head is None else weights.head)
+
+
+def linear(x: Array, layer: Linear) -> Array:
+    """x · weightᵀ + bias."""
+    return ops.linear(x, layer.weight, layer.bias)
+
+
+def shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical name → shape of every parameter, in order, without allocating any."""
+    c = config
+    q_rows, kv_rows = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    table: dict[str, tuple[int, ...]] = {"embedding": (c.vocab_size, c.dim)}
+    for i in range(c.layers):
+        table[f"layers.{i}.attention_norm"] = (c.dim,)
+        for name, out, inner in (("q", q_rows, c.dim), ("k", kv_rows, c.dim), ("v", kv_rows, c.dim), ("o", c.dim, q_rows)):
+            table[f"layers.{i}.{name}.weight"] = (out, inner)
+            if c.attention_bias:
+                table[f"layers.{i}.{name}.bias"] = (out,)
+        table[f"layers.{i}.mlp_norm"] = (c.dim,)
+        for name, out, inner in (("gate", c.hidden_dim, c.dim), ("up", c.hidden_dim, c.dim), ("down", c.dim, c.hidden_dim)):
+            table[f"layers.{i}.{name}.weight"] = (out, inner)
+            if c.mlp_bias:
+                table[f"layers.{i}.{name}.bias"] = (out,)
+    table["norm"] = (c.dim,)
+    if not c.tied_head:
+        table["head"] = (c.vocab_size, c.dim)
+    return table
+
+
+def parameter_count(config: DecoderConfig) -> int:
+    """How many parameters the model has; a tied head is counted once."""
+    return sum(math.prod(shape) for shape in shapes(config).values())
+
+
+def build(config: DecoderConfig, parameter: Callable[[str], Array]) -> DecoderWeights:
+    """The tree of a model, its leaves fetched by canonical name (the keys of `shapes`), in that order."""
+    fetched = {name: parameter(name) for name in shapes(config)}
+
+    def matrix(i: int, name: str) -> Linear:
+        return Linear(fetched[f"layers.{i}.{name}.weight"], fetched.get(f"layers.{i}.{name}.bias"))
+
+    layers = tuple(
+        Layer(
+            attention_norm=fetched[f"layers.{i}.attention_norm"],
+            q=matrix(i, "q"),
+            k=matrix(i, "k"),
+            v=matrix(i, "v"),
+            o=matrix(i, "o"),
+            mlp_norm=fetched[f"layers.{i}.mlp_norm"],
+            gate=matrix(i, "gate"),
+            up=matrix(i, "up"),
+            down=matrix(i, "down"),
+        )
+        for i in range(config.layers)
+    )
+    return DecoderWeights(
+        fetched["embedding"], layers, fetched["norm"], fetched.get("head"), config.rope.inv_freq()
+    )
+
+
+def make_cache(config: DecoderConfig, batch: int, capacity: int, zeros: Callable[[tuple[int, ...]], Array]) -> KVCache:
+    """An empty cache for `batch` sequences of up to `capacity` positions; `zeros(shape)` says where and of what type."""
+    shape = (batch, capacity, config.kv_heads, config.head_dim)
+    return KVCache(
+        tuple(zeros(shape) for _ in range(config.layers)), tuple(zeros(shape) for _ in range(config.layers))
+    )

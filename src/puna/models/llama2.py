@@ -1,0 +1,23 @@
+"""Llama 2 (July 2023; 7B, 13B, 70B) and Code Llama (August 2023; 7B to 70B).
+
+Touvron et al. 2023, "Llama 2"; Rozière et al. 2023, "Code Llama". New since Llama 1: 4,096 tokens of context, and in
+the 70B eight key/value heads shared by groups of heads (GQA, Ainslie et al. 2023) with a feed-forward layer 1.3 times
+as wide. Code Llama is the same decoder with rope's base raised to 10⁶ and trained on 16,384 tokens; its 7B and 13B add
+16 rows to the vocabulary for infilling.
+What is surprising: the width of the feed-forward layer is not stored in Meta's files; it follows from the formula below.
+"""
+
+from __future__ import annotations
+
+CONTEXT = 4096
+CODE_CONTEXT = 16384
+CODE_ROPE_THETA = 1_000_000.0
+
+
+def hidden_dim(dim: int, multiple_of: int, multiplier: float = 1.0) -> int:
+    """Width of the feed-forward layer: 8/3 · dim · multiplier, rounded down twice as Meta's code does, then up to a multiple.
+
+    `FeedForward.__init__` of Meta's llama/model.py.
+    """
+    width = int(multiplier * int(2 * (4 * dim) / 3))
+    return multiple_of * ((width + multiple_of - 1) // multiple_of)

@@ -1,0 +1,52 @@
+"""The frequencies of rotary position embedding, with the two ways in which Llamas stretch them.
+
+What it is: a small frozen record and the table it settles when a model is built.
+What it is not: the rotation itself (`ops.rope`).
+What is surprising: the table is computed in float64 and rounded once to float32; Meta's code computes it in float32,
+which differs by at most one unit in the last place of a frequency.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from puna.kernels.layouts import F32
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's stretching of rope: long wavelengths by `factor`, short ones not, those between by a ramp.
+
+    `original_context` is the context length, in tokens, before stretching.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding of `head_dim` dimensions with base `theta`, stretched linearly or by Llama 3.1's rule."""
+
+    head_dim: int
+    theta: float
+    linear_factor: float = 1.0
+    llama3: Llama3Scaling | None = None
+
+    def inv_freq(self) -> F32:
+        """theta^(-2i/D) for i < D/2, stretched: float32 [D/2].
+
+        Su et al. 2021, eq. 15; the stretching as `apply_scaling` in Meta's llama-models (models/llama3/model.py).
+        """
+        exponent = np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim
+        freq = self.theta**-exponent / self.linear_factor
+        if (s := self.llama3) is not None:
+            wavelengths_in_context = s.original_context * freq / (2 * np.pi)
+            ramp = (wavelengths_in_context - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+            kept = np.clip(ramp, 0.0, 1.0)
+            freq = kept * freq + (1 - kept) * freq / s.factor
+        return freq.astype(np.float32)
