@@ -66,7 +66,7 @@ def to_float32(weight: Weight) -> F32:
 
 
 def to_bf16(values: F32) -> BF16:
-    """Round float32 to bfloat16, to nearest, ties to even (IEEE 754); NaN stays a quiet NaN, overflow becomes infinity."""
+    """Round float32 to bfloat16, to nearest, ties to even; NaN stays a quiet NaN, overflow becomes infinity."""
     words = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (words + 0x7FFF + ((words >> 16) & 1)) >> 16
     quiet_nan = (words >> 16) | 0x40

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from puna.kernels.layouts import BF16, Weight, to_float32
+from puna.kernels.layouts import Weight, to_float32
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int32]
@@ -29,7 +29,7 @@ def _as(weight: Weight, like: Floats) -> Floats:
 
 def embedding(table: Weight, ids: Ints) -> Floats:
     """Rows of `table` [V, dim] for `ids` [*], as float32 [*, dim]."""
-    return to_float32(table[ids] if isinstance(table, BF16) else table[ids])
+    return to_float32(table[ids])
 
 
 def rms_norm(x: Floats, weight: Weight, eps: float) -> Floats:

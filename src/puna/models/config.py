@@ -28,8 +28,8 @@ class DecoderConfig:
     """The numbers of a dense Llama decoder; `models.decoder` computes with nothing else.
 
     `interleaved_rope` says how the stored q and k rows pair up (Meta's files True, the hub's False), so that neither
-    kind of file has to be permuted on load. `generation` names the page (`"llama3.2"`); it decides chat formats and what
-    is shown, never arithmetic.
+    kind of file has to be permuted on load. `generation` names the page (`"llama3.2"`); it decides chat formats and
+    what is shown, never arithmetic.
     """
 
     generation: str
@@ -62,7 +62,7 @@ class ReadConfig:
 
 @dataclass
 class Fields:
-    """Typed getters over a JSON object; every error names the file and the key. `unread()` lists what nobody asked for."""
+    """Typed getters over a JSON object; every error names the file and the key. `unread()` lists what was never asked."""
 
     data: Mapping[str, Any]
     source: str
@@ -138,7 +138,8 @@ class Fields:
     def fault(self, key: str, what: str) -> ConfigError:
         """The error for a key."""
         return ConfigError(
-            f"{self.source}: {key!r} {what}.", remedy="Check that the file is complete and belongs to a Llama text model."
+            f"{self.source}: {key!r} {what}.",
+            remedy="Check that the file is complete and belongs to a Llama text model.",
         )
 
 

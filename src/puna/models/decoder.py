@@ -1,7 +1,7 @@
 """The dense Llama decoder, complete: Llama 1, 2, 3, 3.1, 3.2 (text), 3.3 and Code Llama are this with other numbers.
 
 What it is: pure functions over a tree of weights. `forward` gives hidden states, `logits` turns them into scores.
-What it is not: a loop that generates (`puna.engine`), or anything that knows where its arrays live (`puna.kernels.ops`).
+What it is not: a loop that generates (`puna.engine`), or a place that knows where arrays live (`puna.kernels.ops`).
 What is surprising: there is no attention mask. Positions say everything: a query at position p sees the keys at 0 to p
 of its own sequence, and position -1 marks padding, which is computed and means nothing.
 
@@ -24,7 +24,7 @@ Array = Any
 def forward(
     weights: DecoderWeights, config: DecoderConfig, tokens: Array, positions: Array, cache: KVCache | None = None
 ) -> Array:
-    """Hidden states after the last norm, [B, T, dim], for token ids [B, T] at `positions` [B, T] (int32, -1 for padding).
+    """Hidden states after the last norm, [B, T, dim], for ids [B, T] at `positions` [B, T] (int32, -1 for padding).
 
     With a cache, the new keys and values are written to it at those positions and attention reads it. Without one the
     tokens must be a whole stretch, positions 0 to T - 1 in every row: training, or scoring a text.
@@ -33,7 +33,9 @@ def forward(
     cos, sin = ops.rope_table(positions, weights.inv_freq)
     for i, layer in enumerate(weights.layers):
         kv = None if cache is None else (cache.keys[i], cache.values[i])
-        x = x + attention(layer, config, ops.rms_norm(x, layer.attention_norm, config.norm_eps), cos, sin, positions, kv)
+        x = x + attention(
+            layer, config, ops.rms_norm(x, layer.attention_norm, config.norm_eps), cos, sin, positions, kv
+        )
         x = x + feed_forward(layer, ops.rms_norm(x, layer.mlp_norm, config.norm_eps))
     return ops.rms_norm(x, weights.norm, config.norm_eps)
 
@@ -84,12 +86,21 @@ def shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     table: dict[str, tuple[int, ...]] = {"embedding": (c.vocab_size, c.dim)}
     for i in range(c.layers):
         table[f"layers.{i}.attention_norm"] = (c.dim,)
-        for name, out, inner in (("q", q_rows, c.dim), ("k", kv_rows, c.dim), ("v", kv_rows, c.dim), ("o", c.dim, q_rows)):
+        for name, out, inner in (
+            ("q", q_rows, c.dim),
+            ("k", kv_rows, c.dim),
+            ("v", kv_rows, c.dim),
+            ("o", c.dim, q_rows),
+        ):
             table[f"layers.{i}.{name}.weight"] = (out, inner)
             if c.attention_bias:
                 table[f"layers.{i}.{name}.bias"] = (out,)
         table[f"layers.{i}.mlp_norm"] = (c.dim,)
-        for name, out, inner in (("gate", c.hidden_dim, c.dim), ("up", c.hidden_dim, c.dim), ("down", c.dim, c.hidden_dim)):
+        for name, out, inner in (
+            ("gate", c.hidden_dim, c.dim),
+            ("up", c.hidden_dim, c.dim),
+            ("down", c.dim, c.hidden_dim),
+        ):
             table[f"layers.{i}.{name}.weight"] = (out, inner)
             if c.mlp_bias:
                 table[f"layers.{i}.{name}.bias"] = (out,)
@@ -125,14 +136,10 @@ def build(config: DecoderConfig, parameter: Callable[[str], Array]) -> DecoderWe
         )
         for i in range(config.layers)
     )
-    return DecoderWeights(
-        fetched["embedding"], layers, fetched["norm"], fetched.get("head"), config.rope.inv_freq()
-    )
+    return DecoderWeights(fetched["embedding"], layers, fetched["norm"], fetched.get("head"), config.rope.inv_freq())
 
 
 def make_cache(config: DecoderConfig, batch: int, capacity: int, zeros: Callable[[tuple[int, ...]], Array]) -> KVCache:
-    """An empty cache for `batch` sequences of up to `capacity` positions; `zeros(shape)` says where and of what type."""
+    """An empty cache for `batch` sequences of `capacity` positions; `zeros(shape)` says where and of what type."""
     shape = (batch, capacity, config.kv_heads, config.head_dim)
-    return KVCache(
-        tuple(zeros(shape) for _ in range(config.layers)), tuple(zeros(shape) for _ in range(config.layers))
-    )
+    return KVCache(tuple(zeros(shape) for _ in range(config.layers)), tuple(zeros(shape) for _ in range(config.layers)))

@@ -4,7 +4,7 @@ Touvron et al. 2023, "Llama 2"; Rozière et al. 2023, "Code Llama". New since Ll
 the 70B eight key/value heads shared by groups of heads (GQA, Ainslie et al. 2023) with a feed-forward layer 1.3 times
 as wide. Code Llama is the same decoder with rope's base raised to 10⁶ and trained on 16,384 tokens; its 7B and 13B add
 16 rows to the vocabulary for infilling.
-What is surprising: the width of the feed-forward layer is not stored in Meta's files; it follows from the formula below.
+What is surprising: Meta's files do not store the width of the feed-forward layer; it follows from the formula below.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ CODE_ROPE_THETA = 1_000_000.0
 
 
 def hidden_dim(dim: int, multiple_of: int, multiplier: float = 1.0) -> int:
-    """Width of the feed-forward layer: 8/3 · dim · multiplier, rounded down twice as Meta's code does, then up to a multiple.
+    """Width of the feed-forward layer: 8/3 · dim · multiplier, rounded down twice as Meta's code does,
+    then up to a multiple.
 
     `FeedForward.__init__` of Meta's llama/model.py.
     """

@@ -1,0 +1,93 @@
+"""The model on a torch device: the same functions, the same weights, moved there.
+
+What it is: `Runner` for `--device cuda` (or `cpu` through torch, which the tests use to compare).
+What it is not: fast yet. It is eager torch; graphs and fused kernels come with the GPU engine.
+What is surprising: activations have the weights' type here (as in transformers), where the host computes in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from puna.engine.runner import Logits, capacity_for
+from puna.errors import DeviceError
+from puna.kernels.layouts import BF16
+from puna.models import decoder
+from puna.models.config import DecoderConfig
+from puna.models.tree import DecoderWeights, KVCache, leaves, tree_map
+
+
+class TorchRunner:
+    """The model on `device`. Raises DeviceError when torch has no such device or its memory is too small."""
+
+    def __init__(self, config: DecoderConfig, weights: DecoderWeights, device: str) -> None:
+        self.config = config
+        try:
+            self._device = torch.device(device)
+            torch.zeros(1, device=self._device)
+            self._weights: DecoderWeights = tree_map(self._move, weights)
+        except torch.cuda.OutOfMemoryError as error:
+            raise DeviceError(
+                f"--device {device}: the model's weights do not fit its memory.",
+                remedy="Use --device cpu, or a smaller model.",
+            ) from error
+        except (RuntimeError, AssertionError) as error:
+            raise DeviceError(
+                f"--device {device}: {str(error).splitlines()[0]}",
+                remedy="Use --device cpu, or install a torch with that device.",
+            ) from error
+        # The norms may be wider than the matrices (the host keeps them as stored); torch wants one type.
+        self._cache: KVCache | None = None
+
+    def _move(self, leaf: Any) -> torch.Tensor:
+        if isinstance(leaf, BF16):
+            return (
+                torch.from_numpy(np.ascontiguousarray(leaf.bits).view(np.int16)).view(torch.bfloat16).to(self._device)
+            )
+        return torch.from_numpy(np.ascontiguousarray(leaf)).to(self._device)
+
+    def reset(self, expected: int) -> None:
+        """See Runner."""
+        if self._cache is None or self._cache.capacity < expected:
+            self._cache = self._empty(capacity_for(expected, self.config, 0))
+
+    @torch.inference_mode()
+    def run(self, tokens: list[int], start: int) -> Logits:
+        """See Runner."""
+        cache = self._room(start + len(tokens))
+        ids, positions = self._inputs(tokens, start)
+        hidden = decoder.forward(self._weights, self.config, ids, positions, cache)
+        last: Logits = decoder.logits(self._weights, hidden[:, -1])[0].float().cpu().numpy()
+        return last
+
+    @torch.inference_mode()
+    def all_logits(self, tokens: list[int]) -> Logits:
+        """See Runner."""
+        ids, positions = self._inputs(tokens, 0)
+        hidden = decoder.forward(self._weights, self.config, ids, positions)
+        scores: Logits = decoder.logits(self._weights, hidden)[0].float().cpu().numpy()
+        return scores
+
+    def _inputs(self, tokens: list[int], start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.tensor([tokens], dtype=torch.int32, device=self._device)
+        return ids, torch.arange(start, start + len(tokens), dtype=torch.int32, device=self._device)[None]
+
+    def _empty(self, capacity: int) -> KVCache:
+        dtype = self._weights.embedding.dtype
+        return decoder.make_cache(
+            self.config, 1, capacity, lambda shape: torch.zeros(shape, dtype=dtype, device=self._device)
+        )
+
+    def _room(self, needed: int) -> KVCache:
+        old = self._cache
+        if old is not None and old.capacity >= needed:
+            return old
+        new = self._empty(capacity_for(needed, self.config, old.capacity if old else 0))
+        if old is not None:
+            for before, after in zip((*old.keys, *old.values), (*new.keys, *new.values), strict=True):
+                after[:, : old.capacity] = before
+        self._cache = new
+        return new

@@ -1,0 +1,86 @@
+"""Plain data that crosses rooms: what a request asks of a model, and what comes back.
+
+What it is: frozen records of Python numbers and strings.
+What it is not: a place for arrays or behaviour; rows below this one import it, it imports nothing but the errors.
+What is surprising: `Sampling` refuses values when it is made, so no later room checks them again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict
+
+from puna.errors import UsageError
+
+FinishReason = Literal["stop", "length", "context", "cancelled"]
+"""Why an answer ended: the model said stop (or a stop string came), max_tokens were made, the model's context is full,
+or the caller asked for an end."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, and when to end.
+
+    temperature 0 takes the largest logit; top_k 0, top_p 1 and min_p 0 switch those filters off; seed None draws one;
+    max_tokens None goes on until the model stops or its context is full; `stop` strings are not part of the answer.
+    Raises UsageError for a value out of range.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 0.95
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        def need(fits: bool, name: str, what: str) -> None:
+            if not fits:
+                raise UsageError(f"{name} must be {what}, not {getattr(self, name)!r}.")
+
+        need(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "0 or larger")
+        need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+        need(self.top_k >= 0, "top_k", "0 (off) or larger")
+        need(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
+        need(self.seed is None or 0 <= self.seed < 1 << 64, "seed", "a whole number from 0 to 2^64 - 1")
+        need(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "1 or larger")
+        need(all(self.stop), "stop", "strings of at least one character")
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds: from the request to its first token, and from there to the last; rates in tokens a second."""
+
+    prefill_seconds: float
+    decode_seconds: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer. `token_ids` are the answer's own, the stop token left out."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: FinishReason
+    timings: Timings
+    model: str
+    kernels: str
+    notes: tuple[str, ...] = field(default=())
+
+
+class SamplingOptions(TypedDict, total=False):
+    """`Sampling`'s fields as keywords, for `LLM.stream(prompt, temperature=0)`; a test holds the two together."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int | None
+    max_tokens: int | None
+    stop: tuple[str, ...]

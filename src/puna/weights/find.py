@@ -1,0 +1,35 @@
+"""From what a person types for MODEL to where the model lies.
+
+What it is: one rule, used by every command: `cria`, then a path that exists, then a pulled model's name.
+What it is not: a download. A model that was never pulled is an error that says how to pull it.
+What is surprising: a file named like a hub id wins over the hub; `./` is never needed.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from puna.errors import CheckpointError
+
+EMBEDDED = "cria"
+"""The model that ships inside the package."""
+
+
+def find_model(model: str) -> Path:
+    """The file or folder of a model: `cria`, a path, a hub id (`org/name`) or a short name (`llama3.2:1b`).
+
+    Raises CheckpointError for a path that is not there, HubError for a name that is unknown or not pulled yet.
+    """
+    if model == EMBEDDED:
+        return Path(str(files("puna") / "data" / EMBEDDED))
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    if model.startswith((".", "/", "~")) or path.suffix in {".bin", ".pt", ".pth", ".safetensors", ".gguf"}:
+        raise CheckpointError(
+            f"{model}: no such file or folder.", remedy="Check the path; `puna list` shows models that were pulled."
+        )
+    from puna.weights.hub import resolve
+
+    return resolve(model)
