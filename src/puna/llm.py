@@ -9,7 +9,7 @@ one, such as `cria`) continues the text itself. Which of the two happened is `LL
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 class LLM:
     """A model ready to answer.
 
-    `model` is a path (file or folder), a hub id or short name that was pulled, or `cria`. `dtype` is `auto` (as stored),
-    `fp32`, `bf16` or `fp16`; `device` is `cpu` or a torch device such as `cuda`; `kernels` is one of `ops.KERNELS`.
-    Raises UserError's children for a model that is not there, damaged, or not of this family.
+    `model` is a path (file or folder), a hub id or short name that was pulled, or `cria`. `dtype` is `auto` (as
+    stored), `fp32`, `bf16` or `fp16`; `device` is `cpu` or a torch device such as `cuda`; `kernels` is one of
+    `ops.KERNELS`. Raises UserError's children for a model that is not there, damaged, or not of this family.
     """
 
     def __init__(
@@ -108,8 +108,8 @@ class LLM:
             ids = [int(item) for item in prompt]  # type: ignore[call-overload]
         else:
             ids = self.encode(prompt, system=system, raw=raw)  # type: ignore[arg-type]
-        self._engine.submit(ids, sampling, self.tokenizer.stop_ids)
-        return Stream(self, self._engine, ids, sampling)
+        request = self._engine.submit(ids, sampling, self.tokenizer.stop_ids)
+        return Stream(self, self._engine, request, ids, sampling)
 
     def generate(
         self,
@@ -126,21 +126,20 @@ class LLM:
         return stream.answer
 
     def logits(self, prompt: str | Sequence[int], *, raw: bool = True) -> Logits:
-        """Logits after every token of a text (or of token ids): float32 [T, V]. Raises ContextError when it is too long."""
+        """Logits after every token of a text (or of ids): float32 [T, V]. Raises ContextError when it is too long."""
         ids = self.encode(prompt, raw=raw) if isinstance(prompt, str) else list(prompt)
         # Submitting checks ids and length by the engine's own rules; scoring leaves its cache alone.
-        self._engine.submit(ids, Sampling(max_tokens=None))
-        self._engine.cancel()
+        self._engine.cancel(self._engine.submit(ids, Sampling(max_tokens=None)))
         return self._runner.all_logits(ids)
 
 
 class Stream:
     """One answer under way. Iterating gives text as soon as it is certain; closing it early cancels the request."""
 
-    def __init__(self, llm: LLM, engine: Engine, prompt: list[int], sampling: Sampling) -> None:
+    def __init__(self, llm: LLM, engine: Engine, request: int, prompt: list[int], sampling: Sampling) -> None:
         from puna.text.detokenizer import Detokenizer, StopStrings
 
-        self._llm, self._engine, self._prompt = llm, engine, prompt
+        self._llm, self._engine, self._request, self._prompt = llm, engine, request, prompt
         self._detokenizer = Detokenizer(llm.tokenizer, prompt)
         self._stops = StopStrings(sampling.stop)
         self._answer: Answer | None = None
@@ -164,7 +163,7 @@ class Stream:
             raise UsageError("The answer is not finished.", remedy="Iterate over the stream to its end, or close() it.")
         return self._answer
 
-    def _run(self) -> Any:
+    def _run(self) -> Generator[str, None, None]:
         began = time.perf_counter()
         first: float | None = None
         ids: list[int] = []
@@ -172,7 +171,7 @@ class Stream:
         finish: FinishReason = "cancelled"
         reused = 0
         try:
-            while True:
+            while self._engine.active == self._request:
                 progress = self._engine.step()
                 self.prefilled, reused = progress.prefilled, progress.reused
                 if progress.token is None and progress.finish is None:
@@ -189,13 +188,13 @@ class Stream:
                     text.append(piece)
                 if ended is not None:
                     finish = ended
-                    self._engine.cancel()
+                    self._engine.cancel(self._request)
                 if piece:
                     yield piece
                 if ended is not None:
                     return
         finally:
-            self._engine.cancel()
+            self._engine.cancel(self._request)
             if finish == "cancelled":
                 # What was held back (half a character, the start of a stop string) belongs to what was made.
                 text.append(self._stops.push(self._detokenizer.flush()) + self._stops.flush())

@@ -45,10 +45,12 @@ class Engine:
         self._sampling = Sampling()
         self._sampler = Sampler(self._sampling)
         self._stop_ids: frozenset[int] = frozenset()
-        self._active = False
+        self.active: int | None = None
+        """The number of the request under way, or None between two."""
+        self._requests = 0
 
-    def submit(self, prompt: list[int], sampling: Sampling, stop_ids: frozenset[int] = frozenset()) -> None:
-        """Begin a request; the one before, finished or not, is over.
+    def submit(self, prompt: list[int], sampling: Sampling, stop_ids: frozenset[int] = frozenset()) -> int:
+        """Begin a request and return its number; the one before, finished or not, is over.
 
         Raises ContextError when prompt and max_tokens exceed the model's context, UsageError for an empty prompt or an
         id outside the vocabulary.
@@ -77,11 +79,13 @@ class Engine:
         self._sampling, self._sampler, self._stop_ids = sampling, Sampler(sampling), stop_ids
         if not self._reused:
             self._runner.reset(wanted)
-        self._active = True
+        self._requests += 1
+        self.active = self._requests
+        return self.active
 
     def step(self) -> Progress:
         """Do the next piece of work. Raises PunaError when there is none, or when the weights give no numbers."""
-        if not self._active:
+        if self.active is None:
             raise PunaError("There is no request to step.")
         done = len(self._cached)
         if done < len(self._prompt):
@@ -95,7 +99,7 @@ class Engine:
         try:
             token = self._sampler.pick(logits)
         except FloatingPointError as error:
-            self._active = False
+            self.active = None
             raise PunaError(
                 f"After {len(self._cached)} tokens {error}.",
                 remedy="The weights are damaged or of the wrong type; try --dtype fp32, or fetch the model again.",
@@ -109,9 +113,13 @@ class Engine:
             return self._end(token, "context")
         return Progress(token, None, len(self._prompt), self._reused)
 
-    def cancel(self) -> None:
-        """End the request; what it computed stays in the cache for a next one that begins the same way."""
-        self._active = False
+    def cancel(self, request: int) -> None:
+        """End a request; what it computed stays in the cache for a next one that begins the same way.
+
+        A request that is over already is left alone, and so is the one that came after it.
+        """
+        if self.active == request:
+            self.active = None
 
     def check(self) -> None:
         """Recompute the engine's books; raises AssertionError when they are wrong."""
@@ -119,11 +127,11 @@ class Engine:
         assert self._cached == whole[: len(self._cached)], "the cache holds tokens that are not of this sequence"
         assert len(whole) <= self._runner.config.context_length, "the sequence is longer than the context"
         assert self._reused < max(1, len(self._prompt)), "the prompt's last token was not computed"
-        if self._active and self._made:
+        if self.active is not None and self._made:
             assert len(self._cached) == len(whole) - 1, "a step leaves exactly the newest token to compute"
 
     def _end(self, token: int | None, reason: FinishReason) -> Progress:
-        self._active = False
+        self.active = None
         return Progress(token, reason, len(self._prompt), self._reused)
 
 

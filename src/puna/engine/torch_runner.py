@@ -17,7 +17,7 @@ from puna.errors import DeviceError
 from puna.kernels.layouts import BF16
 from puna.models import decoder
 from puna.models.config import DecoderConfig
-from puna.models.tree import DecoderWeights, KVCache, leaves, tree_map
+from puna.models.tree import DecoderWeights, KVCache, tree_map
 
 
 class TorchRunner:
@@ -39,7 +39,6 @@ class TorchRunner:
                 f"--device {device}: {str(error).splitlines()[0]}",
                 remedy="Use --device cpu, or install a torch with that device.",
             ) from error
-        # The norms may be wider than the matrices (the host keeps them as stored); torch wants one type.
         self._cache: KVCache | None = None
 
     def _move(self, leaf: Any) -> torch.Tensor:

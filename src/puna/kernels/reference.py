@@ -19,8 +19,9 @@ import numpy.typing as npt
 
 from puna.kernels.layouts import Weight, to_float32
 
-Floats = npt.NDArray[np.floating[Any]]
-Ints = npt.NDArray[np.int32]
+# Any, not np.floating: NumPy's stubs widen most float arithmetic to it, and every signature would need a cast.
+Floats = npt.NDArray[Any]
+Ints = npt.NDArray[Any]
 
 
 def _as(weight: Weight, like: Floats) -> Floats:

@@ -1,0 +1,86 @@
+"""The sampler against distributions worked out by hand and by transformers' own filters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from puna.engine.sampler import Sampler, distribution
+from puna.errors import UsageError
+from puna.types import Sampling, SamplingOptions
+
+
+def logits_of(seed: int, size: int = 50) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 3, size).astype(np.float32)
+
+
+def theirs(logits: np.ndarray, s: Sampling) -> np.ndarray:
+    scores = TemperatureLogitsWarper(s.temperature)(None, torch.from_numpy(logits)[None].double())
+    if s.top_k:
+        scores = TopKLogitsWarper(s.top_k)(None, scores)
+    if s.top_p < 1:
+        scores = TopPLogitsWarper(s.top_p)(None, scores)
+    if s.min_p:
+        scores = MinPLogitsWarper(s.min_p)(None, scores)
+    return scores.softmax(-1)[0].numpy()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=1.0, top_p=1.0),
+        Sampling(temperature=0.6, top_p=0.9),
+        Sampling(temperature=1.3, top_p=1.0, top_k=7),
+        Sampling(temperature=1.0, top_p=1.0, min_p=0.1),
+        Sampling(temperature=0.8, top_p=0.8, top_k=20, min_p=0.05),
+    ],
+    ids=["plain", "top-p", "top-k", "min-p", "all"],
+)
+def test_distribution_equals_transformers(seed: int, sampling: Sampling) -> None:
+    logits = logits_of(seed)
+    np.testing.assert_allclose(distribution(logits, sampling), theirs(logits, sampling), atol=1e-12)
+
+
+def test_greedy_takes_the_first_of_the_largest() -> None:
+    assert Sampler(Sampling(temperature=0)).pick(np.array([1.0, 3.0, 3.0], np.float32)) == 1
+
+
+def test_same_seed_same_draws_and_they_follow_the_distribution() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.2], np.float32))
+    sampling = Sampling(temperature=1.0, top_p=1.0, seed=11)
+    one, two = Sampler(sampling), Sampler(sampling)
+    draws = [one.pick(logits) for _ in range(4000)]
+    assert draws == [two.pick(logits) for _ in range(4000)]
+    np.testing.assert_allclose(np.bincount(draws) / 4000, [0.5, 0.3, 0.2], atol=0.03)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nan_is_never_sampled(temperature: float) -> None:
+    with pytest.raises(FloatingPointError):
+        Sampler(Sampling(temperature=temperature)).pick(np.array([0.0, np.nan, 1.0], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("min_p", 2.0),
+        ("seed", -1),
+        ("max_tokens", 0),
+        ("stop", ("",)),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(UsageError, match=field):
+        Sampling(**{field: value})
+
+
+def test_the_keywords_are_the_fields() -> None:
+    assert SamplingOptions.__annotations__.keys() == Sampling.__dataclass_fields__.keys()
