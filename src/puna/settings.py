@@ -1,14 +1,27 @@
-"""What a person may set from outside: the one module that reads Puna's environment variables.
+"""What a person may set from outside: one frozen record a command, and the environment variables Puna reads.
 
+What it is: the table of every flag. A field is a flag: its name is the spelling, its type what it takes, its default the
+default, its `Flag` the help. The parser, `--help` and `docs/reference/cli.md` are made from it (`puna.cli.flags`).
 What it is not: the hub's settings. `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`, `HF_HUB_CACHE` and `HF_HUB_OFFLINE` belong to
 huggingface_hub, which reads them itself, so that Puna and every other program on the machine agree on them.
+What is surprising: a class's docstring is what `puna COMMAND --help` prints, its first line what `puna --help` prints.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, ClassVar
+
+from puna.types import DTYPES, KERNELS, Sampling
+
+ENVIRONMENT = {
+    "PUNA_HOME": "the folder where Puna keeps its state (default: `puna` in the platform's data folder)",
+    "PUNA_DEBUG": "set to anything but 0: as `--debug`",
+}
+"""Every environment variable Puna reads, and what it does; none is needed."""
 
 
 def puna_home() -> Path:
@@ -27,3 +40,172 @@ def puna_home() -> Path:
         return Path.home() / "Library" / "Application Support" / "puna"
     data = os.environ.get("XDG_DATA_HOME", "")
     return (Path(data) if Path(data).is_absolute() else Path.home() / ".local" / "share") / "puna"
+
+
+def debug_wanted() -> bool:
+    """Whether `PUNA_DEBUG` asks for tracebacks."""
+    return os.environ.get("PUNA_DEBUG", "0") not in ("", "0")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How a settings field is typed at the command line.
+
+    A `positional` is given by place, the others by `--name` (and by `short`, such as `-o`); a tuple may be given several
+    times. `metavar` stands for the value in help; `choices` are all the values there are; `required` has no default.
+    """
+
+    help: str
+    metavar: str = ""
+    short: str = ""
+    choices: tuple[str, ...] = ()
+    positional: bool = False
+    required: bool = False
+
+
+def _option(help: str, default: Any, metavar: str = "", *, short: str = "", choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"flag": Flag(help, metavar, short, choices)})
+
+
+def _argument(help: str, metavar: str, *, required: bool = False) -> Any:
+    flag = Flag(help, metavar, positional=True, required=required)
+    return field(metadata={"flag": flag}) if required else field(default=None, metadata={"flag": flag})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What every command takes."""
+
+    command: ClassVar[str] = ""
+
+    json: bool = _option("print one JSON document on stdout and nothing else there", False)
+    debug: bool = _option("show the traceback of an error", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Settings):
+    """Have a model answer a prompt, or chat with it.
+
+    The answer is streamed to stdout; everything else goes to stderr. PROMPT is read from stdin where it is `-`, or where
+    it is left out and stdin is not a terminal (one line end at its end is dropped, as the shell does). Without a prompt,
+    at a terminal, a chat begins. A model without a chat format (a base model, or cria) continues the text instead.
+
+    MODEL is cria (the model inside the package, and the default), a file or folder, a hub id (org/name) or a short name
+    (llama3.2:1b) that was pulled. A single argument that has spaces, and is no path, is taken as PROMPT.
+
+    A prompt that does not fit the model's context is an error. An answer that ends because of --max-tokens or because
+    the context is full says so on stderr.
+    """
+
+    command: ClassVar[str] = "run"
+
+    model: str | None = _argument("the model (default: cria)", "MODEL")
+    prompt: str | None = _argument("the text to answer, or - for stdin", "PROMPT")
+    system: str | None = _option("the system message", None, "TEXT")
+    max_tokens: int | None = _option("tokens to make at most (default: until the end)", Sampling.max_tokens, "N")
+    temperature: float = _option("0 takes the likeliest token; higher is wilder", Sampling.temperature, "X")
+    top_p: float = _option("draw from the likeliest tokens that make up this share", Sampling.top_p, "X")
+    top_k: int = _option("draw from this many of the likeliest tokens; 0 is off", Sampling.top_k, "N")
+    min_p: float = _option("drop tokens less likely than this share of the likeliest", Sampling.min_p, "X")
+    seed: int | None = _option("repeat a run exactly (default: drawn; --json reports it)", Sampling.seed, "N")
+    stop: tuple[str, ...] = _option("end the answer before this text; may be repeated", Sampling.stop, "TEXT")
+    dtype: str = _option("compute with the weights as stored, or convert them", DTYPES[0], choices=DTYPES)
+    device: str = _option("cpu, or a torch device such as cuda", "cpu", "DEVICE")
+    tokenizer: Path | None = _option("the tokenizer's file (default: beside the weights)", None, "FILE")
+    kernels: str = _option("what computes on the CPU", KERNELS[0], choices=KERNELS)
+    raw: bool = _option("apply no chat format: continue the prompt as it is", False)
+    verbose: bool = _option("show counts and speeds after the answer", False)
+
+    def sampling(self) -> Sampling:
+        """The sampling these flags ask for. Raises UsageError for a value out of range."""
+        return Sampling(**{each.name: getattr(self, each.name) for each in fields(Sampling)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PullSettings(Settings):
+    """Fetch a model onto this machine.
+
+    NAME is a short name (`puna models` lists them) or a hub id. A pull that was cut short continues where it stopped.
+    HF_TOKEN, HF_ENDPOINT and the hub's other variables are honoured. With --meta-url the model comes from Meta by the
+    signed link of their mail, in Meta's own layout.
+    """
+
+    command: ClassVar[str] = "pull"
+
+    name: str = _argument("a short name or a hub id", "NAME", required=True)
+    revision: str | None = _option("a branch, tag or commit (default: the main branch)", None, "REV")
+    original: bool = _option("Meta's own files (consolidated.NN.pth) in place of safetensors", False)
+    meta_url: str | None = _option("the signed link that Meta mailed", None, "URL")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListSettings(Settings):
+    """List the models on this machine."""
+
+    command: ClassVar[str] = "list"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowSettings(Settings):
+    """Show what a model is, and the memory it needs.
+
+    The weights are not read, only described: this is quick for a model of any size.
+    """
+
+    command: ClassVar[str] = "show"
+
+    model: str = _argument("the model, as for `puna run`", "MODEL", required=True)
+    tokenizer: Path | None = _option("the tokenizer's file (default: beside the weights)", None, "FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoveSettings(Settings):
+    """Remove a model that was pulled."""
+
+    command: ClassVar[str] = "rm"
+
+    name: str = _argument("the model's name, as `puna list` shows it", "NAME", required=True)
+    yes: bool = _option("do not ask", False, short="-y")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsSettings(Settings):
+    """List the Llama models that Puna knows by name."""
+
+    command: ClassVar[str] = "models"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertSettings(Settings):
+    """Write a model in another format.
+
+    SRC is a model as for `puna run`. The output appears whole or not at all.
+    """
+
+    command: ClassVar[str] = "convert"
+
+    source: str = _argument("the model to read", "SRC", required=True)
+    to: str = field(metadata={"flag": Flag("the format to write", choices=("safetensors", "meta"), required=True)})
+    output: Path = field(metadata={"flag": Flag("the folder to write", "DIR", short="-o", required=True)})
+    type: str | None = _option("the type of the weights (default: as stored)", None, choices=("F32", "BF16", "F16"))
+    tokenizer: Path | None = _option("the tokenizer's file (default: beside the weights)", None, "FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorSettings(Settings):
+    """Show what this machine has, and which implementation each operation uses, and why."""
+
+    command: ClassVar[str] = "doctor"
+
+    kernels: str = _option("as for `puna run`: show the table for this choice", KERNELS[0], choices=KERNELS)
+    device: str = _option("also try this torch device", "cpu", "DEVICE")
+
+
+COMMANDS: dict[str, type[Settings]] = {
+    settings.command: settings
+    for settings in (
+        RunSettings, PullSettings, ListSettings, ShowSettings, RemoveSettings, ModelsSettings, ConvertSettings,
+        DoctorSettings,
+    )
+}  # fmt: skip
+"""Every command, by its name, in the order of `puna --help`."""

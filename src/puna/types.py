@@ -17,6 +17,12 @@ FinishReason = Literal["stop", "length", "context", "cancelled"]
 """Why an answer ended: the model said stop (or a stop string came), max_tokens were made, the model's context is full,
 or the caller asked for an end."""
 
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+"""What `--dtype` takes: the weights as stored, or converted on load."""
+
+KERNELS = ("auto", "reference", "scalar", "avx2", "avx512", "neon")
+"""What `--kernels` takes: the fastest available, the NumPy reference, or one instruction set of the C++."""
+
 
 @dataclass(frozen=True)
 class Sampling:

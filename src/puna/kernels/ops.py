@@ -17,6 +17,7 @@ import numpy as np
 
 from puna.errors import DeviceError, UsageError
 from puna.kernels import reference
+from puna.types import KERNELS
 
 Array = Any
 """A numpy.ndarray or a torch.Tensor; every op takes and gives one kind."""
@@ -24,9 +25,6 @@ Array = Any
 NAMES = (
     "embedding", "rms_norm", "linear", "rope_table", "rope", "write_kv", "attention", "swiglu", "argmax",
 )  # fmt: skip
-
-KERNELS = ("auto", "reference", "scalar", "avx2", "avx512", "neon")
-"""What `--kernels` takes: the fastest available, the NumPy reference, or one instruction set of the C++."""
 
 
 @dataclass(frozen=True)

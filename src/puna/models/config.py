@@ -62,7 +62,7 @@ class ReadConfig:
 
 @dataclass
 class Fields:
-    """Typed getters over a JSON object; every error names the file and the key. `unread()` lists what was never asked."""
+    """Typed getters over a JSON object; every error names file and key; `unread()` lists what was never asked."""
 
     data: Mapping[str, Any]
     source: str

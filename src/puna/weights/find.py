@@ -26,10 +26,15 @@ def find_model(model: str) -> Path:
     path = Path(model).expanduser()
     if path.exists():
         return path
-    if model.startswith((".", "/", "~")) or path.suffix in {".bin", ".pt", ".pth", ".safetensors", ".gguf"}:
+    if looks_like_path(model):
         raise CheckpointError(
             f"{model}: no such file or folder.", remedy="Check the path; `puna list` shows models that were pulled."
         )
     from puna.weights.hub import resolve
 
     return resolve(model)
+
+
+def looks_like_path(model: str) -> bool:
+    """Whether a person who typed this meant a path, be there one or not."""
+    return model.startswith((".", "/", "~")) or Path(model).suffix in {".bin", ".pt", ".pth", ".safetensors", ".gguf"}

@@ -1,0 +1,250 @@
+"""Trains cria on what prepare.py wrote, through Puna's own model functions.
+
+What it is: a plain loop. Muon turns the matrices, AdamW the embedding and the norms; the rate warms up, stays, and
+falls to zero over the last steps, so that the end can be moved on a resumed run.
+What it is not: Puna's trainer; it trains one small model on one CPU.
+What is surprising: a row is packed with whole stories and begins with one, as every generation does; what is left over
+at its end is padding. No story is cut unless it is longer than the context. The stop signals save a checkpoint first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from prepare import BOS_ID, EOS_ID, VOCAB_SIZE, WORK
+
+from puna.models import decoder
+from puna.models.config import DecoderConfig
+from puna.models.rope import Rope
+from puna.models.tree import DecoderWeights
+
+CONFIG = DecoderConfig(
+    generation="llama2",
+    vocab_size=VOCAB_SIZE,
+    dim=256,
+    layers=5,
+    heads=8,
+    kv_heads=4,
+    head_dim=32,
+    hidden_dim=512,
+    norm_eps=1e-5,
+    rope=Rope(head_dim=32, theta=10_000.0),
+    context_length=512,
+    tied_head=True,
+)
+"""All row lengths are multiples of 256, the block of the packed formats."""
+
+PADDING = -100
+"""A target that does not count: what torch's cross_entropy ignores unless told otherwise."""
+
+
+def pack(ids: np.ndarray, context: int, order: np.random.Generator) -> np.ndarray:
+    """Rows of `context + 1` ids (int64, padded with PADDING) filled with whole stories, in an order drawn from `order`.
+
+    Best fit, longest first: a story goes to the fullest open row that still has room for it, which leaves few places
+    empty; then the stories of a row and the rows are put in a drawn order. A story longer than a row is cut.
+    """
+    width = context + 1
+    stories = np.split(ids.astype(np.int64), np.flatnonzero(ids == BOS_ID)[1:])
+    stories = [stories[i] for i in order.permutation(len(stories))]
+    stories.sort(key=len, reverse=True)
+    rows: list[list[np.ndarray]] = []
+    with_room: list[list[int]] = [[] for _ in range(width + 1)]  # free places → open rows
+    for story in stories:
+        story = story[:width]
+        for free in range(len(story), width + 1):
+            if with_room[free]:
+                row = with_room[free].pop()
+                break
+        else:
+            free, row = width, len(rows)
+            rows.append([])
+        rows[row].append(story)
+        with_room[free - len(story)].append(row)
+    packed = np.full((len(rows), width), PADDING, np.int64)
+    for row, parts in zip(packed, rows, strict=True):
+        joined = np.concatenate([parts[i] for i in order.permutation(len(parts))])
+        row[: len(joined)] = joined
+    return packed[order.permutation(len(packed))]
+
+
+def batches(ids: np.ndarray, context: int, rows: int, seed: int, skip: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(epoch, [rows, context + 1]) without end; the stories are packed anew each epoch. The first `skip` are left out."""
+    epoch = 0
+    while True:
+        packed = pack(ids, context, np.random.default_rng((seed, epoch)))
+        for start in range(0, len(packed) - rows + 1, rows):
+            if skip:
+                skip -= 1
+            else:
+                yield epoch, packed[start : start + rows]
+        epoch += 1
+
+
+def initial(config: DecoderConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Canonical name → parameter: matrices of variance 1 / columns, and zero where they write to the residual stream."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = {}
+    for name, shape in decoder.shapes(config).items():
+        if len(shape) == 1:
+            value = torch.ones(shape)
+        elif name.endswith((".o.weight", ".down.weight")):
+            value = torch.zeros(shape)
+        else:
+            std = 0.02 if name == "embedding" else shape[1] ** -0.5
+            value = torch.randn(shape, generator=generator) * std
+        parameters[name] = value.requires_grad_()
+    return parameters
+
+
+def tree(config: DecoderConfig, parameters: dict[str, torch.Tensor]) -> DecoderWeights:
+    """The weights `puna.models.decoder` takes, all on torch."""
+    weights = decoder.build(config, parameters.__getitem__)
+    return dataclasses.replace(weights, inv_freq=torch.from_numpy(weights.inv_freq))
+
+
+def loss(weights: DecoderWeights, config: DecoderConfig, rows: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in nats a token over rows [B, T + 1] of ids, PADDING left out."""
+    tokens, targets = rows[:, :-1].clamp(min=0), rows[:, 1:]
+    positions = torch.arange(tokens.shape[1], dtype=torch.int32).expand(tokens.shape)
+    scores = decoder.logits(weights, decoder.forward(weights, config, tokens, positions))
+    return F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten(), ignore_index=PADDING)
+
+
+def rate(step: int, peak: float, warmup: int, steps: int, decay: int) -> float:
+    """The learning rate of a step (from 0): up over `warmup`, constant, down to zero over the last `decay` steps."""
+    return peak * min(1.0, (step + 1) / warmup, (steps - step) / decay)
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint so that a kill leaves the old one or the new one, never half of one."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def main() -> None:
+    """The run. The defaults are those of the recorded one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of prepare.py's files and the checkpoint")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--decay", type=int, default=900, help="last steps, over which the rate falls to zero")
+    parser.add_argument("--warmup", type=int, default=60)
+    parser.add_argument("--rows", type=int, default=16, help="rows of 512 tokens a step")
+    parser.add_argument("--lr", type=float, default=5e-3, help="of both optimizers; Muon's is matched to AdamW's RMS")
+    parser.add_argument("--weight-decay", type=float, default=0.1, help="of the matrices")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--every", type=int, default=100, help="steps between held-out losses and checkpoints")
+    parser.add_argument("--fp32", action="store_true", help="no bf16 autocast: slower where the CPU multiplies bf16")
+    parser.add_argument("--no-compile", action="store_true", help="no torch.compile, which needs a C++ compiler")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+
+    train_ids = np.load(args.work / "train.npy")
+    held_out_ids = np.load(args.work / "held_out.npy")
+    held_out = torch.from_numpy(pack(held_out_ids, CONFIG.context_length, np.random.default_rng(0))[:64])
+    parameters = initial(CONFIG, args.seed)
+    matrices = [p for name, p in parameters.items() if p.ndim == 2 and name != "embedding"]
+    others = [p for name, p in parameters.items() if p.ndim == 1 or name == "embedding"]
+    optimizers: tuple[torch.optim.Optimizer, ...] = (
+        torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    )
+    weights = tree(CONFIG, parameters)
+    step = tokens = 0
+    checkpoint = args.work / "checkpoint.pt"
+    log = args.work / "log.jsonl"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        step, tokens = state["step"], state["tokens"]
+        with torch.no_grad():
+            for name, value in state["parameters"].items():
+                parameters[name].copy_(value)
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
+        log.write_text("".join(line + "\n" for line in lines))
+        print(f"resumed at step {step}", flush=True)
+    else:
+        log.write_text("")
+
+    def objective(rows: torch.Tensor) -> torch.Tensor:
+        return loss(weights, CONFIG, rows)
+
+    compiled = objective if args.no_compile else torch.compile(objective)
+    bf16 = torch.autocast("cpu", torch.bfloat16, enabled=not args.fp32)
+    stopping = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopping
+        stopping = True
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    since, since_tokens, running = time.perf_counter(), 0, 0.0
+    for epoch, batch in batches(train_ids, CONFIG.context_length, args.rows, args.seed, step):
+        if step >= args.steps or stopping:
+            break
+        rows = torch.from_numpy(batch)
+        lr = rate(step, args.lr, args.warmup, args.steps, args.decay)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = lr
+        with bf16:
+            value = compiled(rows)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        running = value.item() if running == 0.0 else 0.9 * running + 0.1 * value.item()
+        if not math.isfinite(running):
+            raise FloatingPointError(f"the loss is {running} at step {step}")
+        step += 1
+        counted = int((rows[:, 1:] >= 0).sum())
+        tokens, since_tokens = tokens + counted, since_tokens + counted
+        measure = step % args.every == 0 or step == args.steps
+        if step % 10 == 0 or measure:
+            now = time.perf_counter()
+            line: dict[str, Any] = {
+                "step": step, "epoch": epoch, "tokens": tokens, "loss": round(running, 4), "lr": round(lr, 6),
+                "tokens_per_s": round(since_tokens / (now - since)),
+            }  # fmt: skip
+            if measure:
+                with torch.no_grad(), bf16:
+                    parts = [objective(part).item() for part in held_out.split(16)]
+                line["held_out"] = round(sum(parts) / len(parts), 4)
+            with log.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(json.dumps(line), flush=True)
+            since, since_tokens = time.perf_counter(), 0
+        if measure:
+            save(checkpoint, snapshot(step, tokens, parameters, optimizers))
+    save(checkpoint, snapshot(step, tokens, parameters, optimizers))
+
+
+def snapshot(
+    step: int, tokens: int, parameters: dict[str, torch.Tensor], optimizers: tuple[torch.optim.Optimizer, ...]
+) -> dict[str, Any]:
+    """What a resumed run needs."""
+    return {
+        "step": step,
+        "tokens": tokens,
+        "parameters": {name: p.detach() for name, p in parameters.items()},
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+    }
+
+
+if __name__ == "__main__":
+    main()

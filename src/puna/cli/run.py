@@ -1,0 +1,167 @@
+"""`puna run`: one answer, streamed; or, without a prompt at a terminal, the chat of `chat.py`.
+
+What it is: from flags and stdin to a prompt, from the stream to stdout.
+What it is not: generation, which is `puna.LLM`'s.
+What is surprising: stdout gets exactly the answer where it is a pipe or a file. At a terminal a text that is continued is
+shown from its beginning, and a line end follows the answer.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from puna.cli import terminal
+from puna.errors import UsageError
+from puna.settings import RunSettings
+from puna.weights.find import EMBEDDED, looks_like_path
+
+if TYPE_CHECKING:
+    from puna.llm import LLM
+    from puna.types import Answer, Sampling
+
+INTERRUPTED = 130
+
+
+def main(settings: RunSettings, *, load: Callable[[RunSettings], LLM] | None = None) -> int:
+    """Run the command. `load` makes the model (tests give a scripted one)."""
+    settings = _sorted_out(settings)
+    prompt = _prompt(settings)
+    settings.sampling()  # a value out of range is said before a large model is loaded
+    if prompt is None:
+        _check_chat(settings)
+    with terminal.Waiting(lambda: f"Loading {settings.model} ..."):
+        llm = (load or _load)(settings)
+    for text in llm.notes:
+        terminal.note(f"note: {text}")
+    if prompt is None:
+        from puna.cli.chat import chat
+
+        return chat(llm, settings)
+    return _answer(llm, prompt, settings)
+
+
+def with_seed(sampling: Sampling) -> Sampling:
+    """The sampling with a seed drawn where none is set, small enough for every JSON reader to keep exactly."""
+    return sampling if sampling.seed is not None else replace(sampling, seed=int.from_bytes(os.urandom(4), "big"))
+
+
+def verdict(answer: Answer, max_tokens: int | None, context: int) -> str:
+    """What a person must hear about the end of an answer; empty where the model itself came to an end."""
+    if answer.finish_reason == "length":
+        return f"[ended at --max-tokens {max_tokens}]"
+    if answer.finish_reason == "context":
+        return f"[ended: the model's context of {context} tokens is full]"
+    if answer.finish_reason == "cancelled":
+        return "[stopped]"
+    return ""
+
+
+def figures(answer: Answer) -> str:
+    """Counts and speeds in one line."""
+    t = answer.timings
+    return (
+        f"[{answer.prompt_tokens} tokens read in {t.prefill_seconds:.2f} s ({t.prefill_tokens_per_second:.1f}/s), "
+        f"{answer.completion_tokens} made in {t.decode_seconds:.2f} s ({t.decode_tokens_per_second:.1f}/s), "
+        f"{answer.kernels}]"
+    )
+
+
+def _load(settings: RunSettings) -> LLM:
+    from puna.llm import LLM
+
+    return LLM(
+        settings.model or EMBEDDED,
+        dtype=settings.dtype,
+        device=settings.device,
+        kernels=settings.kernels,
+        tokenizer=settings.tokenizer,
+    )
+
+
+def _sorted_out(settings: RunSettings) -> RunSettings:
+    """With the model and a seed settled, and a lone text in the model's place taken for the prompt."""
+    model, prompt = settings.model, settings.prompt
+    if model == "":
+        raise UsageError('MODEL is empty: ""', remedy=f'Name a model: puna run {EMBEDDED} "{prompt or ""}"')
+    if model is not None and prompt is None and _is_text(model):
+        terminal.note(f"note: no MODEL is named, so {EMBEDDED} gets this text")
+        model, prompt = None, model
+    return replace(settings, model=model or EMBEDDED, prompt=prompt)
+
+
+def _is_text(word: str) -> bool:
+    """Whether a lone argument is a text: it has spaces, is no path that exists, and does not look like one."""
+    try:
+        return any(map(str.isspace, word)) and not looks_like_path(word) and not Path(word).exists()
+    except OSError:  # longer than any file name
+        return True
+
+
+def _prompt(settings: RunSettings) -> str | None:
+    """The prompt from the command line or from stdin; None where a chat is to begin. Raises UsageError."""
+    if settings.prompt is not None and settings.prompt != "-":
+        return settings.prompt
+    if settings.prompt is None and terminal.is_terminal(sys.stdin):
+        return None
+    data = sys.stdin.buffer.read() if sys.stdin is not None else b""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"The prompt on stdin is not UTF-8: byte {error.start} is {data[error.start]:#04x}.",
+            remedy="Convert it first, for example with iconv -t UTF-8.",
+        ) from error
+    text = text.removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise UsageError(
+            "There is no prompt: none is given, and stdin is empty.",
+            remedy=f'Give one: puna run {settings.model} "..."; --raw with "" starts from nothing.',
+        )
+    return text
+
+
+def _check_chat(settings: RunSettings) -> None:
+    """Refuse what a chat cannot honour."""
+    why = ""
+    if settings.json:
+        why = "--json gives one answer, and a chat has many"
+    elif not terminal.is_terminal(sys.stdout):
+        why = "stdout is not a terminal, so there is no place for a chat"
+    if why:
+        raise UsageError(f"There is no prompt, and {why}.", remedy=f'Give one: puna run {settings.model} "..."')
+
+
+def _answer(llm: LLM, prompt: str, settings: RunSettings) -> int:
+    sampling = with_seed(settings.sampling())
+    stream = llm.stream(prompt, system=settings.system, raw=settings.raw, **vars(sampling))
+    at_terminal = not settings.json and terminal.is_terminal(sys.stdout)
+    # A text that is continued is shown from its beginning where a person reads it.
+    before = prompt if at_terminal and (settings.raw or llm.chat_format is None) else ""
+    interrupted = False
+    with terminal.Waiting(lambda: f"Reading the prompt ({stream.prefilled} tokens so far) ...") as waiting:
+        try:
+            for piece in stream:
+                waiting.done()
+                if not settings.json:
+                    sys.stdout.write(before + piece)
+                    sys.stdout.flush()
+                    before = ""
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            stream.close()
+    answer = stream.answer
+    if settings.json:
+        terminal.document({**asdict(answer), "seed": sampling.seed})
+    elif at_terminal:
+        print(flush=True)
+    if said := verdict(answer, settings.max_tokens, llm.config.context_length):
+        terminal.note(said)
+    if settings.verbose:
+        terminal.note(figures(answer))
+    return INTERRUPTED if interrupted else 0

@@ -1,0 +1,118 @@
+"""What commands show: JSON documents, tables, sizes, notes on stderr, and a sign of life while a person waits.
+
+What it is: the few shapes of output that several commands share.
+What it is not: colourful where nobody sees it. rich is imported only for a terminal; a pipe gets plain aligned columns
+that `grep` and `awk` can read.
+What is surprising: the sign of life appears only after half a second, from a thread, so that a quick model never pays
+for importing rich.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PATIENCE = 0.5
+"""Seconds a person waits before a sign of life appears."""
+
+
+def console(stream: TextIO) -> Console:
+    """A rich console on a stream: colours only at a terminal, and none where NO_COLOR is set (rich's own rule)."""
+    from rich.console import Console
+
+    return Console(file=stream, highlight=False, markup=False, emoji=False)
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a person sits at the other end."""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def document(data: Any) -> None:
+    """Print the one JSON document of `--json`."""
+    print(json.dumps(data, indent=1, allow_nan=False))
+
+
+def note(text: str) -> None:
+    """Tell a person something beside the output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows under headers: rich's layout at a terminal (it folds long cells), plain aligned columns elsewhere."""
+    if is_terminal(sys.stdout):
+        from rich import box
+        from rich.table import Table
+
+        pretty = Table(*headers, box=box.SIMPLE_HEAD, pad_edge=False)
+        for row in rows:
+            pretty.add_row(*row)
+        console(sys.stdout).print(pretty)
+        return
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    for row in (headers, *rows):
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def facts(pairs: Sequence[tuple[str, str]]) -> None:
+    """Print names and values, one pair a line, the values aligned."""
+    width = max(len(name) for name, _ in pairs)
+    for name, value in pairs:
+        print(f"{name:<{width}}  {value}".rstrip())
+
+
+def size(count: float) -> str:
+    """Bytes as a person reads them, in powers of a thousand, as disks and downloads are sold: `2.5 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def quantity(count: float) -> str:
+    """A number of parameters or tokens: `260K`, `1.24B`."""
+    for unit in ("", "K", "M"):
+        if count < 1000:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g}B" if count < 1000 else f"{count:,.0f}B"
+
+
+class Waiting:
+    """A context in which a person at a terminal sees, after half a second, what is going on; `done()` ends it early."""
+
+    def __init__(self, say: Callable[[], str]) -> None:
+        self._say = say
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Waiting:
+        if is_terminal(sys.stderr):
+            self._thread = threading.Thread(target=self._show, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.done()
+
+    def done(self) -> None:
+        """Take the sign away; the line is as it was. May be called twice."""
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _show(self) -> None:
+        if self._done.wait(PATIENCE):
+            return
+        with console(sys.stderr).status(self._say()) as status:
+            while not self._done.wait(0.2):
+                status.update(self._say())

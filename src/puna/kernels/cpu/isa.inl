@@ -1,0 +1,24 @@
+// All ops of one instruction set: included once by each isa_*.cpp, which defines WIDTH and TABLE. Everything lies in a
+// namespace without a name; the table is the only thing the linker sees.
+#include "kernels.h"
+
+#if defined(__x86_64__) && WIDTH > 4
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace {
+#include "vec.inl"
+#include "tile.inl"
+
+#include "argmax.inl"
+#include "attention.inl"
+#include "embedding.inl"
+#include "linear.inl"
+#include "rms_norm.inl"
+#include "rope.inl"
+#include "swiglu.inl"
+}  // namespace
+
+const Kernels TABLE = {embedding, rms_norm, linear, rope, attention, swiglu, argmax};

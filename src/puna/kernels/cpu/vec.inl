@@ -1,0 +1,176 @@
+// Vectors of WIDTH floats in the compiler's own notation (GCC and Clang's vector extension), so that each op is written
+// once and compiled for 16 (AVX-512), 8 (AVX2) or 4 lanes (SSE2, NEON). Intrinsics appear here only, where the notation
+// has no word: widening float16, partial loads, the bfloat16 dot product.
+//
+// What is surprising: no header of the C++ library is included, and everything is static: see kernels.h.
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+typedef float vf __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t vi __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t vu __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t vh __attribute__((vector_size(2 * WIDTH)));
+typedef float f4 __attribute__((vector_size(16)));
+typedef int32_t vi4 __attribute__((vector_size(16)));
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi4){__VA_ARGS__})
+#endif
+
+// The same, wherever they lie (a tensor of a file may start at any byte) and whatever was stored there.
+typedef float vf_any __attribute__((vector_size(4 * WIDTH), aligned(1), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(2 * WIDTH), aligned(1), may_alias));
+typedef float f4_any __attribute__((vector_size(16), aligned(1), may_alias));
+typedef uint32_t word_any __attribute__((aligned(1), may_alias));
+
+constexpr int W = WIDTH;
+#if WIDTH == 16 || defined(__aarch64__)
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = 16;
+#endif
+constexpr float INFINITE = __builtin_inff();
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+INLINE vf splat(float x) { return x - (vf){}; }
+INLINE vf load(const float* p) { return *(const vf_any*)p; }
+INLINE void store(float* p, vf x) { *(vf_any*)p = x; }
+INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
+
+// The first n < W floats at p, then zeros; nothing beyond them is read.
+INLINE vf load_part(const float* p, int64_t n) {
+#if WIDTH == 16
+    return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#else
+    vf x = {};
+    __builtin_memcpy(&x, p, (size_t)n * 4);
+    return x;
+#endif
+}
+
+INLINE void store_part(float* p, vf x, int64_t n) {
+#if WIDTH == 16
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)x);
+#else
+    __builtin_memcpy(p, &x, (size_t)n * 4);
+#endif
+}
+
+INLINE vf load_up_to(const float* p, int64_t n) { return n >= W ? load(p) : load_part(p, n); }
+INLINE void store_up_to(float* p, vf x, int64_t n) {
+    if (n >= W) store(p, x);
+    else store_part(p, x, n);
+}
+
+// The sum of all lanes, halves first: the same tree for every caller, so equal rows give equal bits.
+INLINE float sum(vf x) {
+#if WIDTH == 16
+    typedef float f8 __attribute__((vector_size(32)));
+    f8 y = (f8)_mm512_castps512_ps256((__m512)x) + (f8)_mm512_extractf32x8_ps((__m512)x, 1);
+    f4 z = (f4)_mm256_castps256_ps128((__m256)y) + (f4)_mm256_extractf128_ps((__m256)y, 1);
+#elif WIDTH == 8
+    f4 z = (f4)_mm256_castps256_ps128((__m256)x) + (f4)_mm256_extractf128_ps((__m256)x, 1);
+#else
+    f4 z = x;
+#endif
+    z += SHUFFLE(z, z, 2, 3, 0, 1);
+    return z[0] + z[1];
+}
+
+INLINE float largest(vf x) {
+    float best = x[0];
+    for (int i = 1; i < W; i++) best = x[i] > best ? x[i] : best;
+    return best;
+}
+
+// A weight of each type, as vectors of float32. `any` is the unaligned word.
+template <int TYPE>
+struct Words;
+
+template <>
+struct Words<F32> {
+    typedef float word;
+    INLINE vf widen(const float* p) { return load(p); }
+};
+
+template <>
+struct Words<BF16> {
+    typedef uint16_t word;
+    INLINE vf widen(const uint16_t* p) {
+        return (vf)(__builtin_convertvector((vh)*(const vh_any*)p, vu) << 16);
+    }
+};
+
+template <>
+struct Words<F16> {
+    typedef uint16_t word;
+    INLINE vf widen(const uint16_t* p) {
+#if WIDTH == 16
+        return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif WIDTH == 8
+        return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__aarch64__)
+        return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+#else
+        // Shift the fields into float32's places and mend the exponent's bias, 127 - 15, by an exact product; it also
+        // normalizes subnormals. An exponent of all ones (infinity, NaN) must become all ones.
+        vu word = __builtin_convertvector((vh)*(const vh_any*)p, vu);
+        vu rest = (word & 0x7fff) << 13;
+        vf value = (vf)rest * 0x1p112f;
+        vu special = (vu)(rest >= (0x7c00u << 13));
+        return (vf)((vu)value | (special & 0x7f800000u) | ((word & 0x8000) << 16));
+#endif
+    }
+};
+
+// The first n < W weights at p, then zeros; nothing beyond them is read.
+template <int TYPE>
+INLINE vf widen_part(const typename Words<TYPE>::word* p, int64_t n) {
+    typename Words<TYPE>::word padded[W] = {};
+    __builtin_memcpy(padded, p, (size_t)n * sizeof padded[0]);
+    return Words<TYPE>::widen(padded);
+}
+
+template <int TYPE>
+INLINE vf widen_up_to(const typename Words<TYPE>::word* p, int64_t n) {
+    return n >= W ? Words<TYPE>::widen(p) : widen_part<TYPE>(p, n);
+}
+
+// eˣ, relative error below 2e-7; 0 below -87.3 (-infinity included), e⁸⁸ above 88, NaN for NaN. x = n·ln 2 + r with
+// |r| <= ln 2 / 2, n rounded by adding 1.5·2²³ (which leaves n in the low bits), ln 2 in two parts (Cody & Waite 1980),
+// and Taylor's series to r⁷, whose remainder is 5e-9.
+INLINE vf exponential(vf x) {
+    vi under = x < splat(-87.3f);
+    x = x > splat(88.0f) ? splat(88.0f) : x;
+    x = select(under, splat(-87.3f), x);
+    vf shifted = x * 1.44269504f + splat(12582912.0f);
+    vf n = shifted - splat(12582912.0f);
+    vf r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    vf p = splat(1.0f / 5040);
+    p = p * r + splat(1.0f / 720);
+    p = p * r + splat(1.0f / 120);
+    p = p * r + splat(1.0f / 24);
+    p = p * r + splat(1.0f / 6);
+    p = p * r + splat(0.5f);
+    p = p * r + splat(1.0f);
+    p = p * r + splat(1.0f);
+    vi exponent = (vi)shifted - (vi)splat(12582912.0f) + 127;
+    return (vf)((vi)(p * (vf)(exponent << 23)) & ~under);
+}
+
+INLINE void transpose4(f4& a, f4& b, f4& c, f4& d) {
+    f4 ab_low = SHUFFLE(a, b, 0, 4, 1, 5), ab_high = SHUFFLE(a, b, 2, 6, 3, 7);
+    f4 cd_low = SHUFFLE(c, d, 0, 4, 1, 5), cd_high = SHUFFLE(c, d, 2, 6, 3, 7);
+    a = SHUFFLE(ab_low, cd_low, 0, 1, 4, 5);
+    b = SHUFFLE(ab_low, cd_low, 2, 3, 6, 7);
+    c = SHUFFLE(ab_high, cd_high, 0, 1, 4, 5);
+    d = SHUFFLE(ab_high, cd_high, 2, 3, 6, 7);
+}

@@ -1,0 +1,1 @@
+"""weights read and write the numbers: every checkpoint format behind one interface, and the ways to get one."""

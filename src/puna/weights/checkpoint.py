@@ -1,0 +1,301 @@
+"""Opens any checkpoint Puna reads, and proves that it is whole before a number of it is used.
+
+What it is: `open_checkpoint`, which tells the format from the content, has that format's reader list the tensors, and
+compares them with `decoder.shapes` one by one.
+What it is not: loading. A `Checkpoint` holds lazy tensors: opening an 8B model reads some kilobytes.
+What is surprising: a head equal to the embedding, bit for bit, is not kept as a second tensor; Meta's Llama 3.2 files
+and llama2.c's `.pt` store one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from puna.errors import CheckpointError
+from puna.models import decoder
+from puna.models.config import DecoderConfig, ReadConfig, read_hub, read_meta
+from puna.weights import llama2c, meta, names, safetensors
+from puna.weights.files import ITEM_SIZE, LazyTensor, MappedFile, listed, read_json, same_bits
+from puna.weights.torch_file import open_torch, state_tensors
+
+__all__ = ["Checkpoint", "Format", "LazyTensor", "open_checkpoint"]
+
+Format = Literal["safetensors", "meta", "llama2c", "pt"]
+
+CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: what it is, and its parameters by canonical name, none of them read yet.
+
+    `ignored` names what it stores besides, all of it known not to change the arithmetic. `tokenizer` is the tokenizer's
+    file if one lies where it belongs, `folder` the folder they lie in, `notes` what its user should be told.
+    """
+
+    path: Path
+    format: Format
+    read_config: ReadConfig
+    tensors: Mapping[str, LazyTensor]
+    ignored: tuple[str, ...]
+    tokenizer: Path | None
+    folder: Path
+    notes: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The model's numbers."""
+        return self.read_config.config
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters as stored."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a file or a folder, whichever of the formats it is.
+
+    Raises CheckpointError or ConfigError naming file and key when anything is missing, left over, of another shape or
+    type than the config says, or irregular in any way.
+    """
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file or folder.", remedy="`puna list` shows the models that are here.")
+    if path.name == safetensors.INDEX_NAME:
+        return _open_safetensors(path, path.parent)
+    if path.suffix == ".json":
+        raise CheckpointError(f"{path}: not a file of weights.", remedy="Name the folder it lies in, or the weights.")
+    file = MappedFile(path)
+    start = file.bytes[:10]
+    if start[:4] == b"GGUF":
+        raise CheckpointError(f"{path}: a GGUF file, which this version of Puna does not read.", remedy=_FORMATS)
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        if meta.SHARD_NAME.fullmatch(path.name) and (path.parent / meta.PARAMS_NAME).is_file():
+            return _open_meta(path, path.parent)
+        return _open_pt(path)
+    if start[8:9] == b"{":
+        index = path.parent / safetensors.INDEX_NAME
+        if index.is_file() and path.name != safetensors.SINGLE_NAME:
+            return _open_safetensors(index, path.parent)
+        return _open_safetensors(path, path.parent)
+    if start[:4] == llama2c.MAGIC or llama2c.plausible(file):
+        read_config, tensors, ignored = llama2c.read(file)
+        tokenizer = _find_tokenizer(path.parent, read_config.config)
+        return Checkpoint(path, "llama2c", read_config, tensors, ignored, tokenizer, path.parent)
+    raise CheckpointError(f"{path}: no format that Puna reads.", remedy=_FORMATS)
+
+
+_LOOSE_NAMES = ("model.bin", "pytorch_model.bin")
+
+_FORMATS = (
+    "It reads Hugging Face safetensors, Meta's consolidated.*.pth with params.json, .pt files of torch.save, and "
+    "llama2.c's .bin (version 0)."
+)
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    index, single = folder / safetensors.INDEX_NAME, folder / safetensors.SINGLE_NAME
+    shards = sorted(p for p in folder.iterdir() if meta.SHARD_NAME.fullmatch(p.name))
+    others = sorted(folder.glob("*.safetensors"))
+    hub = [p for p in (index, single) if p.is_file()] or others[:1]
+    if hub and shards:
+        raise CheckpointError(
+            f"{folder}: both {hub[0].name} and {shards[0].name} are there, two models or one model twice.",
+            remedy="Name the file of the one you mean.",
+        )
+    if len(hub) == 2:
+        raise CheckpointError(
+            f"{folder}: both {index.name} and {single.name} are there.",
+            remedy="Name the one you mean, or remove the other.",
+        )
+    if hub:
+        if hub[0] not in (index, single) and len(others) > 1:
+            raise CheckpointError(
+                f"{folder}: {len(others)} safetensors files and no {safetensors.INDEX_NAME}.",
+                remedy="Fetch the index, which says what lies in which shard.",
+            )
+        return _open_safetensors(hub[0], folder)
+    if shards:
+        return _open_meta(folder, folder)
+    loose = sorted(p for p in folder.iterdir() if p.suffix in (".pt", ".pth") or p.name in _LOOSE_NAMES)
+    if len(loose) == 1:
+        return open_checkpoint(loose[0])
+    if loose:
+        raise CheckpointError(f"{folder}: several models: {listed(p.name for p in loose)}.", remedy="Name one of them.")
+    raise CheckpointError(f"{folder}: no weights in this folder.", remedy=_FORMATS)
+
+
+def _open_safetensors(weights: Path, folder: Path) -> Checkpoint:
+    config_file = folder / CONFIG_NAME
+    if not config_file.is_file():
+        raise CheckpointError(
+            f"{weights}: there is no {CONFIG_NAME} beside it.", remedy="Fetch the model's config.json into that folder."
+        )
+    if weights.name == safetensors.INDEX_NAME:
+        entries = safetensors.read_sharded(weights)
+    else:
+        entries = safetensors.read_header(MappedFile(weights))
+    stored = {name: entry.lazy() for name, entry in entries.items()}
+    read_config = _with_generation_config(read_hub(read_json(config_file), str(config_file)), folder)
+    return _matched(weights, "safetensors", folder, read_config, stored, "hub")
+
+
+def _with_generation_config(read_config: ReadConfig, folder: Path) -> ReadConfig:
+    """The stop tokens of `generation_config.json` besides: chat models have more there than in config.json."""
+    path = folder / GENERATION_CONFIG_NAME
+    if not path.is_file():
+        return read_config
+    eos = read_json(path).get("eos_token_id")
+    ids = tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    if not all(type(i) is int and 0 <= i < 1 << 24 for i in ids):
+        raise CheckpointError(f"{path}: 'eos_token_id' must be token ids.", remedy="Fetch the file again.")
+    return dataclasses.replace(read_config, eos_ids=tuple(dict.fromkeys((*read_config.eos_ids, *ids))))
+
+
+def _open_meta(path: Path, folder: Path) -> Checkpoint:
+    params = folder / meta.PARAMS_NAME
+    if not params.is_file():
+        raise CheckpointError(
+            f"{folder}: there is no {meta.PARAMS_NAME} beside the shards.", remedy="Fetch the model's params.json."
+        )
+    read_config, stored = meta.read(folder, read_json(params))
+    return _matched(path, "meta", folder, read_config, stored, "meta")
+
+
+def _open_pt(path: Path) -> Checkpoint:
+    """A `.pt`: llama2.c's (its arguments inside), or a bare state dict with a config beside it."""
+    file = open_torch(path)
+    value: dict[Any, Any] = file.value if isinstance(file.value, dict) else {}
+    wrapped = isinstance(value.get("model"), dict)
+    state = value["model"] if wrapped else file.value
+    stored = {name.removeprefix("_orig_mod."): tensor for name, tensor in state_tensors(file, state).items()}
+    besides = tuple(str(key)[:120] for key in value if wrapped and key not in ("model", "model_args"))
+    convention = _convention(path, stored)
+    embedding = stored[names.foreign("embedding", convention)].shape
+    vocab = embedding[0] if len(embedding) == 2 else None
+    params, config_file = path.parent / meta.PARAMS_NAME, path.parent / CONFIG_NAME
+    if wrapped and isinstance(value.get("model_args"), dict):
+        read_config = _model_args(value["model_args"], f"{path}: model_args", vocab)
+    elif convention != "hub" and params.is_file():
+        read_config = read_meta(read_json(params), str(params), vocab_size=vocab)
+    elif config_file.is_file():
+        found = _with_generation_config(read_hub(read_json(config_file), str(config_file)), path.parent)
+        pairing = dataclasses.replace(found.config, interleaved_rope=convention != "hub")
+        read_config = dataclasses.replace(found, config=pairing)
+    else:
+        raise CheckpointError(
+            f"{path}: it holds weights and no config (heads, norm epsilon and rope cannot be told from weights).",
+            remedy=f"Put the model's {CONFIG_NAME if convention == 'hub' else meta.PARAMS_NAME} beside it.",
+        )
+    return _matched(path, "pt", path.parent, read_config, stored, convention, besides)
+
+
+def _convention(path: Path, stored: Mapping[str, LazyTensor]) -> names.Convention:
+    """Whose names a state dict has."""
+    conventions: tuple[names.Convention, ...] = ("hub", "meta", "torchtune")
+    for convention in conventions:
+        if names.foreign("embedding", convention) in stored and names.foreign("norm", convention) in stored:
+            return convention
+    raise CheckpointError(
+        f"{path}: no Llama that Puna knows; its tensors are called {listed(stored)}.",
+        remedy="Puna knows the names of the hub, of Meta (and llama2.c) and of torchtune.",
+    )
+
+
+def _model_args(args: Mapping[Any, Any], source: str, vocab: int | None) -> ReadConfig:
+    """llama2.c's `model_args`, which are Meta's params; what they leave out is built into its code."""
+    plain = {key: value for key, value in args.items() if isinstance(key, str) and _plain(value)}
+    if len(plain) != len(args):
+        raise CheckpointError(f"{source}: holds more than numbers and words.", remedy="Export the model again.")
+    plain.setdefault("norm_eps", llama2c.NORM_EPS)
+    plain.pop("dropout", None)
+    return read_meta(plain, source, vocab_size=vocab)
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _matched(
+    path: Path,
+    format: Format,
+    folder: Path,
+    read_config: ReadConfig,
+    stored: Mapping[str, LazyTensor],
+    convention: names.Convention,
+    besides: tuple[str, ...] = (),
+) -> Checkpoint:
+    """The checkpoint, once every parameter of the config is found with its shape and nothing is left over."""
+    notes: list[str] = []
+    head, embedding = names.foreign("head", convention), names.foreign("embedding", convention)
+    ignored = list(besides)
+    if embedding in stored:
+        tied = read_config.config.tied_head
+        stores_copy = head in stored and _is_copy(stored[head], stored[embedding], convention)
+        if tied and head in stored and not stores_copy:
+            raise CheckpointError(
+                f"{path}: the config says that the head is the embedding, and {head} differs from {embedding}.",
+                remedy="Correct tie_word_embeddings (tied_embeddings in params.json), or fetch the model again.",
+            )
+        if stores_copy and (tied or convention != "hub"):
+            ignored.append(head)
+            notes.append(f"{head} equals {embedding} and is kept once")
+            tied = True
+        elif head not in stored and not tied and convention != "hub":
+            notes.append(f"there is no {head}: the embedding serves as the head")
+            tied = True
+        read_config = dataclasses.replace(read_config, config=dataclasses.replace(read_config.config, tied_head=tied))
+    shapes = decoder.shapes(read_config.config)
+    wanted = {names.foreign(name, convention): name for name in shapes}
+    if absent := wanted.keys() - stored.keys():
+        raise CheckpointError(
+            f"{path}: {len(absent)} of {len(wanted)} tensors missing: {listed(absent)}.",
+            remedy="The config is another model's, or files are missing: fetch the model again.",
+        )
+    for name in stored:
+        if name not in wanted and names.ignorable(name):
+            ignored.append(name)
+    if unknown := stored.keys() - wanted.keys() - set(ignored):
+        raise CheckpointError(
+            f"{path}: {len(unknown)} tensors that this model has no use for: {listed(unknown)}.",
+            remedy="It is another kind of model, or the config is another model's.",
+        )
+    tensors: dict[str, LazyTensor] = {}
+    for foreign, name in wanted.items():
+        tensor = stored[foreign]
+        if tensor.shape != shapes[name]:
+            raise CheckpointError(
+                f"{path}: {foreign} has the shape {list(tensor.shape)}, and the config says {list(shapes[name])}.",
+                remedy="The config is another model's: fetch both again.",
+            )
+        if tensor.dtype not in ITEM_SIZE:
+            raise CheckpointError(
+                f"{path}: {foreign} is stored as {tensor.dtype}; Puna reads weights in float32, bfloat16 and float16.",
+                remedy="Save the model in one of those types.",
+            )
+        tensors[name] = dataclasses.replace(tensor, name=name)
+    tokenizer = _find_tokenizer(folder, read_config.config)
+    return Checkpoint(path, format, read_config, tensors, tuple(ignored), tokenizer, folder, tuple(notes))
+
+
+def _is_copy(head: LazyTensor, embedding: LazyTensor, convention: names.Convention) -> bool:
+    """Whether the head is the embedding over again, told by place, else by value; an untied head differs at once."""
+    if (head.shape, head.dtype) != (embedding.shape, embedding.dtype) or head.dtype not in ITEM_SIZE:
+        return False
+    return (head.at is not None and head.at == embedding.at) or same_bits(head.read(), embedding.read())
+
+
+def _find_tokenizer(folder: Path, config: DecoderConfig) -> Path | None:
+    """The tokenizer's file: beside the weights, or (Llama 1 as Meta shipped it) in the folder above."""
+    for place in (folder, folder.parent):
+        for name in ("tokenizer.json", "tokenizer.model", f"tok{config.vocab_size}.bin", "tokenizer.bin"):
+            if (place / name).is_file():
+                return place / name
+    return None

@@ -1,0 +1,39 @@
+"""`puna --help` answers at once: its time beyond that of an empty Python program is bounded.
+
+What is surprising: the bound is on the difference between two programs run in turns, so that a slow or busy machine
+slows both and the test stays about Puna.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+PAIRS = 5
+LIMIT_S = 0.25
+"""Beyond bare Python, which itself takes 0.02 to 0.05 s: together they stay under 0.3 s."""
+
+
+def extra_seconds(arguments: list[str]) -> float:
+    """Median over interleaved pairs of the time of `python *arguments` minus that of `python -c pass`."""
+    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+
+    def seconds(*words: str) -> float:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, *words], env=environment, check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - began
+
+    return statistics.median(seconds(*arguments) - seconds("-c", "pass") for _ in range(PAIRS))
+
+
+def test_help_answers_at_once() -> None:
+    assert extra_seconds(["-m", "puna.cli.main", "--help"]) < LIMIT_S
+
+
+def test_a_slow_start_is_found() -> None:
+    assert extra_seconds(["-c", f"import time; time.sleep({LIMIT_S + 0.05})"]) >= LIMIT_S

@@ -1,0 +1,354 @@
+"""The C++ ops against their definition in NumPy (in float64), per instruction set, weight type and odd size.
+
+What is surprising: with bfloat16 weights the tolerance is that of activations rounded to bfloat16, whichever
+instruction set runs, because AVX-512 BF16 does round them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from puna.errors import DeviceError
+from puna.kernels import reference as ref
+from puna.kernels.layouts import BF16, Weight, convert, to_float32
+
+cpu = pytest.importorskip("puna.kernels.cpu", reason="the C++ extension is not built here")
+
+DTYPES = ("fp32", "fp16", "bf16")
+F32 = npt.NDArray[np.float32]
+
+
+@pytest.fixture(params=cpu.isas(), autouse=True)
+def isa(request: pytest.FixtureRequest) -> Any:
+    """Every test of this file runs once an instruction set."""
+    cpu.use(request.param)
+    yield request.param
+    cpu.use()
+
+
+def normal(seed: int, *shape: int) -> F32:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def assert_close(got: npt.NDArray[Any], want: npt.NDArray[Any], tolerance: float) -> None:
+    """The largest difference is below `tolerance` times the largest wanted number."""
+    assert got.shape == want.shape
+    assert got.dtype == np.float32
+    if want.size:
+        scale = max(float(np.max(np.abs(want))), 1e-30)
+        assert float(np.max(np.abs(got - want))) <= tolerance * scale
+
+
+def check_linear(rows: int, inner: int, out: int, dtype: str, bias: bool = False) -> None:
+    x, weight = normal(1, rows, inner), convert(normal(2, out, inner), dtype)
+    addend = convert(normal(3, out), dtype) if bias else None
+    want = ref.linear(x.astype(np.float64), weight, addend)
+    # One product of rounded activations is off by up to 2^-8; over a sum of many the errors average out.
+    assert_close(cpu.linear(x, weight, addend), want, 8e-3 if dtype == "bf16" else 5e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inner", [1, 3, 16, 31, 64, 200])
+def test_linear_of_few_rows(dtype: str, inner: int) -> None:
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12):
+        check_linear(rows, inner, 13, dtype, bias=rows % 2 == 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "inner", "out"),
+    [(13, 1, 1), (16, 5, 7), (17, 64, 9), (33, 31, 65), (48, 33, 70), (49, 200, 128), (100, 63, 130), (800, 6, 5)],
+)
+def test_linear_of_many_rows(dtype: str, rows: int, inner: int, out: int) -> None:
+    check_linear(rows, inner, out, dtype, bias=rows % 2 == 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_in_parts_of_k(dtype: str) -> None:
+    check_linear(50, 4103, 67, dtype, bias=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_large_enough_for_threads(dtype: str) -> None:
+    for rows in (1, 3):
+        check_linear(rows, 517, 1031, dtype)
+
+
+@given(
+    rows=st.integers(0, 70),
+    inner=st.integers(1, 150),
+    out=st.integers(0, 150),
+    dtype=st.sampled_from(DTYPES),
+    bias=st.booleans(),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_linear_any_shape(rows: int, inner: int, out: int, dtype: str, bias: bool) -> None:
+    check_linear(rows, inner, out, dtype, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_row_does_not_depend_on_its_neighbours(dtype: str) -> None:
+    """Bit for bit, among calls of few rows and among calls of many."""
+    x, weight = normal(1, 100, 77), convert(normal(2, 90, 77), dtype)
+    alone = cpu.linear(x[:1], weight)
+    for rows in (2, 3, 5, 8):
+        assert np.array_equal(cpu.linear(x[:rows], weight)[:1], alone)
+    many = cpu.linear(x[:20], weight)
+    for rows in (33, 100):
+        assert np.array_equal(cpu.linear(x[:rows], weight)[:20], many)
+
+
+def test_linear_reads_unaligned_weights_and_nothing_beyond_them() -> None:
+    """A tensor may start at any byte of a mapped file, and end at its last one; what follows must not matter."""
+    for dtype in DTYPES:
+        for rows in (1, 5, 20):
+            weight = convert(normal(2, 9, 33), dtype)
+            words = weight.bits if isinstance(weight, BF16) else weight
+            raw = np.full(words.nbytes + 64, 0xFF, np.uint8)  # NaN in every type
+            raw[1 : 1 + words.nbytes] = words.reshape(-1).view(np.uint8)
+            shifted: Any = raw[1 : 1 + words.nbytes].view(words.dtype).reshape(words.shape)
+            x = normal(1, rows, 33)
+            moved = cpu.linear(x, BF16(shifted) if dtype == "bf16" else shifted)
+            assert np.array_equal(moved, cpu.linear(x, weight))
+
+
+def test_fp16_widens_exactly() -> None:
+    """All 65,536 words: subnormals, infinities and NaN too."""
+    every = np.arange(65536, dtype=np.uint16).view(np.float16).reshape(256, 256)
+    got = cpu.embedding(every, np.arange(256, dtype=np.int32))
+    assert np.array_equal(got, every.astype(np.float32), equal_nan=True)
+
+
+def test_bf16_widens_exactly() -> None:
+    every = BF16(np.arange(65536, dtype=np.uint16).reshape(256, 256))
+    got = cpu.embedding(every, np.arange(256, dtype=np.int32))
+    assert np.array_equal(got, to_float32(every), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 7, 16, 33, 288])
+def test_embedding(dtype: str, dim: int) -> None:
+    table: Weight = convert(normal(1, 11, dim), dtype)
+    ids = np.array([[0, 10, 3], [3, 1, 9]], np.int32)
+    assert np.array_equal(cpu.embedding(table, ids), ref.embedding(table, ids))
+
+
+@pytest.mark.parametrize("bad", [-1, 11, 2**31 - 1, -(2**31)])
+def test_embedding_refuses_ids_outside(bad: int) -> None:
+    with pytest.raises(ValueError, match=f"id {bad} is not in a table of 11 rows"):
+        cpu.embedding(normal(1, 11, 4), np.array([0, bad], np.int32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 2, 64), (1, 1, 288), (5, 1000), (300, 130)])
+def test_rms_norm(dtype: str, shape: tuple[int, ...]) -> None:
+    x, weight = normal(1, *shape) * 30, convert(normal(2, shape[-1]), dtype)
+    assert_close(cpu.rms_norm(x, weight, 1e-5), ref.rms_norm(x.astype(np.float64), weight, 1e-5), 1e-6)
+
+
+def test_rms_norm_epsilon_counts() -> None:
+    x = np.full((1, 8), 1e-3, np.float32)
+    got = cpu.rms_norm(x, np.ones(8, np.float32), 1e-5)
+    assert got[0, 0] == pytest.approx(1e-3 / np.sqrt(1e-6 + 1e-5), rel=1e-5)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("size", [2, 6, 8, 14, 32, 34, 64, 128])
+def test_rope(interleaved: bool, size: int) -> None:
+    x = normal(1, 2, 5, 3, size)
+    positions = np.arange(10, dtype=np.int32).reshape(2, 5)
+    cos, sin = ref.rope_table(positions, 10000.0 ** -np.linspace(0, 1, size // 2, dtype=np.float32))
+    want = ref.rope(x.astype(np.float64), cos, sin, interleaved)
+    assert_close(cpu.rope(x, cos, sin, interleaved), want, 5e-7)
+
+
+def test_write_kv() -> None:
+    cache_k, cache_v = np.zeros((2, 6, 2, 5), np.float32), np.ones((2, 6, 2, 5), np.float32)
+    k, v = normal(1, 2, 3, 2, 5), normal(2, 2, 3, 2, 5)
+    positions = np.array([[0, 5, -1], [-1, 3, 4]], np.int32)
+    want_k, want_v = cache_k.copy(), cache_v.copy()
+    ref.write_kv(want_k, want_v, k, v, positions)
+    cpu.write_kv(cache_k, cache_v, k, v, positions)
+    assert np.array_equal(cache_k, want_k)
+    assert np.array_equal(cache_v, want_v)
+
+
+@pytest.mark.parametrize("bad", [-2, 6])
+def test_write_kv_refuses_positions_outside_and_stores_nothing(bad: int) -> None:
+    cache = np.zeros((1, 6, 1, 4), np.float32)
+    with pytest.raises(ValueError, match=f"{bad} is not in a cache of 6"):
+        cpu.write_kv(cache, cache.copy(), *[np.ones((1, 2, 1, 4), np.float32)] * 2, np.array([[0, bad]], np.int32))
+    assert not cache.any()
+
+
+def check_attention(
+    B: int, S: int, H: int, G: int, D: int, positions: npt.NDArray[np.int32] | None, spread: float = 1.0
+) -> None:
+    T = S if positions is None else positions.shape[1]
+    q, k, v = normal(1, B, T, H, D) * spread, normal(2, B, S, G, D), normal(3, B, S, G, D)
+    want = ref.attention(*(a.astype(np.float64) for a in (q, k, v)), positions)
+    assert_close(cpu.attention(q, k, v, positions), want, 3e-6)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (4, 1), (6, 2), (8, 8), (3, 3), (20, 4)])
+@pytest.mark.parametrize("size", [1, 5, 8, 16, 20, 64, 80])
+def test_attention(heads: int, groups: int, size: int) -> None:
+    check_attention(2, 19, heads, groups, size, None)
+    check_attention(1, 23, heads, groups, size, np.array([[22]], np.int32))
+    check_attention(2, 150, heads, groups, size, np.array([[-1, 3, 4], [147, 148, 149]], np.int32))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 40])
+def test_attention_over_long_contexts(tokens: int) -> None:
+    """Past the blocks of keys of both ways, with one sequence short and one row of padding."""
+    positions = np.stack([np.arange(1100 - tokens, 1100), np.arange(tokens) + 500]).astype(np.int32)
+    positions[1, 0] = -1
+    check_attention(2, 1100, 4, 2, 16, positions)
+
+
+def test_attention_of_padding_is_zero_and_beyond_the_position_unseen() -> None:
+    for tokens in (2, 30):
+        positions = np.full((1, tokens), -1, np.int32)
+        positions[0, 1] = 3
+        q, k, v = normal(1, 1, tokens, 2, 8), normal(2, 1, 40, 2, 8), normal(3, 1, 40, 2, 8)
+        k[:, 4:] = np.nan
+        v[:, 4:] = np.nan
+        got = cpu.attention(q, k, v, positions)
+        assert not got[0, 0].any()
+        want = ref.attention(q[:, 1:2].astype(np.float64), k[:, :4], v[:, :4], positions[:, 1:2])
+        assert_close(got[:, 1:2], want, 3e-6)
+
+
+def test_attention_with_scores_that_overflow_naive_exponentials() -> None:
+    for tokens in (1, 30):
+        check_attention(1, 40, 2, 1, 16, np.arange(40 - tokens, 40, dtype=np.int32)[None], spread=200.0)
+
+
+def test_attention_does_not_depend_on_the_batch() -> None:
+    q, k, v = normal(1, 3, 1, 4, 16), normal(2, 3, 700, 2, 16), normal(3, 3, 700, 2, 16)
+    positions = np.array([[600], [20], [699]], np.int32)
+    together = cpu.attention(q, k, v, positions)
+    for b in range(3):
+        alone = cpu.attention(*(np.ascontiguousarray(a[b : b + 1]) for a in (q, k, v, positions)))
+        assert np.array_equal(together[b : b + 1], alone)
+
+
+@given(
+    B=st.integers(1, 3),
+    T=st.integers(1, 30),
+    past=st.integers(0, 200),
+    R=st.integers(1, 5),
+    G=st.integers(1, 3),
+    D=st.integers(1, 40),
+    pad=st.integers(0, 3),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_attention_any_shape(B: int, T: int, past: int, R: int, G: int, D: int, pad: int) -> None:
+    positions = np.tile(np.arange(past, past + T, dtype=np.int32), (B, 1))
+    positions[0, : min(pad, T)] = -1
+    check_attention(B, past + T, R * G, G, D, positions)
+
+
+@pytest.mark.parametrize("shape", [(1,), (5, 3), (2, 1, 100), (70000,)])
+def test_swiglu(shape: tuple[int, ...]) -> None:
+    gate, up = normal(1, *shape) * 10, normal(2, *shape)
+    assert_close(cpu.swiglu(gate, up), ref.swiglu(gate.astype(np.float64), up), 5e-7)
+
+
+def test_swiglu_at_the_ends() -> None:
+    gate = np.array([-np.inf, -1e4, -100, -88, -20, 0, 20, 88, 100, 1e4, np.nan], np.float32)
+    got = cpu.swiglu(gate, np.ones_like(gate))
+    want = np.array([0, 0, 0, 0, -20 / (1 + np.exp(20.0)), 0, 20, 88, 100, 1e4, np.nan])
+    assert np.allclose(got[1:], want[1:], rtol=1e-6, atol=1e-34, equal_nan=True)
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 64, 65, 1000, 32003])
+def test_argmax(n: int) -> None:
+    x = np.round(normal(1, 3, n), 1)  # many equals: the first one counts
+    assert np.array_equal(cpu.argmax(x), ref.argmax(x))
+    for place in {0, n // 2, n - 1}:
+        y = np.zeros(n, np.float32)
+        y[place:] = 1
+        assert cpu.argmax(y) == place
+        y[place:] = np.nan
+        assert cpu.argmax(y) == np.argmax(y)
+    assert cpu.argmax(np.full(n, -np.inf, np.float32)) == 0
+
+
+def test_other_types_are_refused() -> None:
+    x, weight = normal(1, 2, 4), normal(2, 3, 4)
+    with pytest.raises(TypeError, match="x must be float32, not float64"):
+        cpu.linear(x.astype(np.float64), weight)
+    with pytest.raises(TypeError, match="weight must be float32, float16 or BF16, not float64"):
+        cpu.linear(x, weight.astype(np.float64))
+    with pytest.raises(TypeError, match="weight must be float32, float16 or BF16, not uint16"):
+        cpu.linear(x, weight.astype(np.uint16))
+    with pytest.raises(TypeError, match="ids must be int32, not int64"):
+        cpu.embedding(weight, np.array([1]))
+    with pytest.raises(TypeError):
+        cpu.linear(x, weight.astype(">f4"))
+    with pytest.raises(TypeError, match="positions must be int32"):
+        cpu.attention(*[np.ones((1, 2, 2, 4), np.float32)] * 3, np.zeros((1, 2), np.int64))
+
+
+def test_other_shapes_are_refused() -> None:
+    x, weight = normal(1, 2, 4), normal(2, 3, 4)
+    four = np.ones((1, 2, 2, 4), np.float32)
+    cos = np.ones((1, 2, 2), np.float32)
+    refusals: list[tuple[Any, ...]] = [
+        (cpu.linear, x[:, :3].copy(), weight),
+        (cpu.linear, x, weight[0]),
+        (cpu.linear, x, weight, np.ones(4, np.float32)),
+        (cpu.linear, x.T, normal(1, 3, 2)),
+        (cpu.linear, x, weight[:, ::2]),
+        (cpu.rms_norm, x, np.ones(3, np.float32), 1e-5),
+        (cpu.rope, four, cos[:, :1], cos, False),
+        (cpu.rope, four, cos, cos[..., :1].copy(), False),
+        (cpu.rope, four[..., :3].copy(), cos, cos, False),
+        (cpu.write_kv, four.copy(), four.copy(), four, four[:, :1], np.zeros((1, 2), np.int32)),
+        (cpu.write_kv, four[:, :, :1].copy(), four.copy(), four, four, np.zeros((1, 2), np.int32)),
+        (cpu.write_kv, four.copy(), four.copy(), four, four, np.zeros((1, 3), np.int32)),
+        (cpu.attention, four, four[:, :1].copy(), four[:, :1].copy(), None),
+        (cpu.attention, four, four, four, np.array([[0, 2]], np.int32)),
+        (cpu.attention, four, four, four, np.array([[0, -2]], np.int32)),
+        (cpu.attention, four, np.ones((1, 2, 3, 4), np.float32), np.ones((1, 2, 3, 4), np.float32), None),
+        (cpu.swiglu, x, x[:1]),
+        (cpu.argmax, np.ones((2, 0), np.float32)),
+        (cpu.embedding, x[0], np.zeros(1, np.int32)),
+    ]
+    for op, *arguments in refusals:
+        with pytest.raises(ValueError, match=op.__name__):
+            op(*arguments)
+
+
+def test_read_only_weights_serve_and_read_only_caches_do_not() -> None:
+    x, weight = normal(1, 2, 4), normal(2, 3, 4)
+    want = cpu.linear(x, weight)
+    weight.flags.writeable = False
+    assert np.array_equal(cpu.linear(x, weight), want)
+    cache = np.zeros((1, 2, 2, 4), np.float32)
+    cache.flags.writeable = False
+    with pytest.raises(TypeError):
+        cpu.write_kv(cache, cache, *[np.ones((1, 2, 2, 4), np.float32)] * 2, np.zeros((1, 2), np.int32))
+
+
+def test_nothing_in_nothing_out() -> None:
+    assert cpu.linear(np.empty((0, 4), np.float32), normal(1, 3, 4)).shape == (0, 3)
+    assert cpu.rms_norm(np.empty((0, 4), np.float32), np.ones(4, np.float32), 1e-5).shape == (0, 4)
+    assert cpu.embedding(normal(1, 3, 4), np.empty((0,), np.int32)).shape == (0, 4)
+    assert cpu.swiglu(np.empty(0, np.float32), np.empty(0, np.float32)).shape == (0,)
+
+
+def test_use_names_what_serves_and_why(isa: str) -> None:
+    name, reason = cpu.use(isa)
+    assert name == isa
+    assert reason
+    assert cpu.use()[0] == cpu.isas()[0]
+    with pytest.raises(DeviceError, match=r"--kernels vax: this build of Puna does not have it\."):
+        cpu.use("vax")
