@@ -3,8 +3,9 @@
 What it is: a plain loop. Muon turns the matrices, AdamW the embedding and the norms; the rate warms up, stays, and
 falls to zero over the last steps, so that the end can be moved on a resumed run.
 What it is not: Puna's trainer; it trains one small model on one CPU.
-What is surprising: a row is packed with whole stories and begins with one, as every generation does; what is left over
-at its end is padding. No story is cut unless it is longer than the context. The stop signals save a checkpoint first.
+What is surprising: a row is one story, as every generation is one, and a batch holds stories of nearly one length. So
+there is next to no padding, and attention, 40 % of the time in rows of 512 tokens, is half as much work. The signals
+that stop a program save a checkpoint first.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from prepare import BOS_ID, EOS_ID, VOCAB_SIZE, WORK
+from prepare import BOS_ID, VOCAB_SIZE, WORK
 
 from puna.models import decoder
 from puna.models.config import DecoderConfig
@@ -46,50 +47,51 @@ CONFIG = DecoderConfig(
 )
 """All row lengths are multiples of 256, the block of the packed formats."""
 
+HELD_OUT = 250
+"""Stories of the held-out file that are scored now and then during the run; evaluate.py scores all of them."""
+
 PADDING = -100
 """A target that does not count: what torch's cross_entropy ignores unless told otherwise."""
 
 
-def pack(ids: np.ndarray, context: int, order: np.random.Generator) -> np.ndarray:
-    """Rows of `context + 1` ids (int64, padded with PADDING) filled with whole stories, in an order drawn from `order`.
+def split(ids: np.ndarray) -> list[np.ndarray]:
+    """The stories of a file of ids, each BOS story EOS."""
+    return np.split(ids.astype(np.int64), np.flatnonzero(ids == BOS_ID)[1:])
 
-    Best fit, longest first: a story goes to the fullest open row that still has room for it, which leaves few places
-    empty; then the stories of a row and the rows are put in a drawn order. A story longer than a row is cut.
+
+def batches(
+    stories: Sequence[np.ndarray], context: int, size: int, order: np.random.Generator
+) -> list[np.ndarray]:
+    """Every story once, in batches of ids [B, T + 1] with B · T at most `size`, padded with PADDING.
+
+    A row is a story; the stories of a batch are of one length, or nearly, and otherwise drawn from `order`, as the order
+    of the batches is. A story longer than the context is cut.
     """
-    width = context + 1
-    stories = np.split(ids.astype(np.int64), np.flatnonzero(ids == BOS_ID)[1:])
-    stories = [stories[i] for i in order.permutation(len(stories))]
-    stories.sort(key=len, reverse=True)
-    rows: list[list[np.ndarray]] = []
-    with_room: list[list[int]] = [[] for _ in range(width + 1)]  # free places → open rows
-    for story in stories:
-        story = story[:width]
-        for free in range(len(story), width + 1):
-            if with_room[free]:
-                row = with_room[free].pop()
-                break
-        else:
-            free, row = width, len(rows)
-            rows.append([])
-        rows[row].append(story)
-        with_room[free - len(story)].append(row)
-    packed = np.full((len(rows), width), PADDING, np.int64)
-    for row, parts in zip(packed, rows, strict=True):
-        joined = np.concatenate([parts[i] for i in order.permutation(len(parts))])
-        row[: len(joined)] = joined
-    return packed[order.permutation(len(packed))]
+    shuffled = [stories[i][: context + 1] for i in order.permutation(len(stories))]
+    shuffled.sort(key=len, reverse=True)
+    made = []
+    while shuffled:
+        longest = len(shuffled[0])
+        count = max(1, size // (longest - 1))
+        batch = np.full((min(count, len(shuffled)), longest), PADDING, np.int64)
+        for row, story in zip(batch, shuffled, strict=False):
+            row[: len(story)] = story
+        made.append(batch)
+        del shuffled[:count]
+    return [made[i] for i in order.permutation(len(made))]
 
 
-def batches(ids: np.ndarray, context: int, rows: int, seed: int, skip: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(epoch, [rows, context + 1]) without end; the stories are packed anew each epoch. The first `skip` are left out."""
+def endless(
+    stories: Sequence[np.ndarray], context: int, size: int, seed: int, skip: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(epoch, batch) without end, each epoch in an order of its own; the first `skip` batches are left out."""
     epoch = 0
     while True:
-        packed = pack(ids, context, np.random.default_rng((seed, epoch)))
-        for start in range(0, len(packed) - rows + 1, rows):
+        for batch in batches(stories, context, size, np.random.default_rng((seed, epoch))):
             if skip:
                 skip -= 1
             else:
-                yield epoch, packed[start : start + rows]
+                yield epoch, batch
         epoch += 1
 
 
@@ -142,7 +144,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--decay", type=int, default=900, help="last steps, over which the rate falls to zero")
     parser.add_argument("--warmup", type=int, default=60)
-    parser.add_argument("--rows", type=int, default=16, help="rows of 512 tokens a step")
+    parser.add_argument("--size", type=int, default=8192, help="tokens a step")
     parser.add_argument("--lr", type=float, default=5e-3, help="of both optimizers; Muon's is matched to AdamW's RMS")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="of the matrices")
     parser.add_argument("--seed", type=int, default=1)
@@ -152,9 +154,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
-    train_ids = np.load(args.work / "train.npy")
-    held_out_ids = np.load(args.work / "held_out.npy")
-    held_out = torch.from_numpy(pack(held_out_ids, CONFIG.context_length, np.random.default_rng(0))[:64])
+    stories = split(np.load(args.work / "train.npy"))
+    fixed = np.random.default_rng(0)
+    held_out = batches(split(np.load(args.work / "held_out.npy"))[:HELD_OUT], CONFIG.context_length, args.size, fixed)
     parameters = initial(CONFIG, args.seed)
     matrices = [p for name, p in parameters.items() if p.ndim == 2 and name != "embedding"]
     others = [p for name, p in parameters.items() if p.ndim == 1 or name == "embedding"]
@@ -183,7 +185,7 @@ def main() -> None:
     def objective(rows: torch.Tensor) -> torch.Tensor:
         return loss(weights, CONFIG, rows)
 
-    compiled = objective if args.no_compile else torch.compile(objective)
+    compiled = objective if args.no_compile else torch.compile(objective, dynamic=True)
     bf16 = torch.autocast("cpu", torch.bfloat16, enabled=not args.fp32)
     stopping = False
 
@@ -194,7 +196,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     since, since_tokens, running = time.perf_counter(), 0, 0.0
-    for epoch, batch in batches(train_ids, CONFIG.context_length, args.rows, args.seed, step):
+    for epoch, batch in endless(stories, CONFIG.context_length, args.size, args.seed, step):
         if step >= args.steps or stopping:
             break
         rows = torch.from_numpy(batch)
@@ -223,8 +225,9 @@ def main() -> None:
             }  # fmt: skip
             if measure:
                 with torch.no_grad(), bf16:
-                    parts = [objective(part).item() for part in held_out.split(16)]
-                line["held_out"] = round(sum(parts) / len(parts), 4)
+                    counts = [int((part[:, 1:] >= 0).sum()) for part in held_out]
+                    parts = [n * objective(torch.from_numpy(part)).item() for n, part in zip(counts, held_out, strict=True)]
+                line["held_out"] = round(sum(parts) / sum(counts), 4)
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(json.dumps(line), flush=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Unpack
 
 from puna.engine.engine import Engine
@@ -59,7 +60,7 @@ class LLM:
             runner = HostRunner(loaded.config, loaded.weights)
             self.kernels = ops.summary()
         else:
-            runner = _torch_runner(loaded.config, loaded.weights, device)
+            runner = torch_engine(device).TorchRunner(loaded.config, loaded.weights, device)
             self.kernels = f"torch {device}"
         self._runner = runner
         self._engine = Engine(runner)
@@ -219,12 +220,13 @@ class Stream:
             )
 
 
-def _torch_runner(config: DecoderConfig, weights: Any, device: str) -> Runner:
+def torch_engine(device: str) -> ModuleType:
+    """The module that runs models on torch devices (`puna.engine.torch_runner`). Raises DeviceError without PyTorch."""
     try:
-        from puna.engine.torch_runner import TorchRunner
+        from puna.engine import torch_runner
     except ImportError as error:
         raise DeviceError(
             f"--device {device} needs PyTorch, which is not installed ({error}).",
             remedy='Install it with `pip install "puna[torch]"`, or use --device cpu.',
         ) from error
-    return TorchRunner(config, weights, device)
+    return torch_runner

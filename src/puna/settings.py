@@ -1,7 +1,7 @@
 """What a person may set from outside: one frozen record a command, and the environment variables Puna reads.
 
-What it is: the table of every flag. A field is a flag: its name is the spelling, its type what it takes, its default the
-default, its `Flag` the help. The parser, `--help` and `docs/reference/cli.md` are made from it (`puna.cli.flags`).
+What it is: the table of every flag. A field is a flag: its name is the spelling, its type what it takes, its default
+the default, its `Flag` the help. The parser, `--help` and `docs/reference/cli.md` are made from it (`puna.cli.flags`).
 What it is not: the hub's settings. `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`, `HF_HUB_CACHE` and `HF_HUB_OFFLINE` belong to
 huggingface_hub, which reads them itself, so that Puna and every other program on the machine agree on them.
 What is surprising: a class's docstring is what `puna COMMAND --help` prints, its first line what `puna --help` prints.
@@ -51,8 +51,9 @@ def debug_wanted() -> bool:
 class Flag:
     """How a settings field is typed at the command line.
 
-    A `positional` is given by place, the others by `--name` (and by `short`, such as `-o`); a tuple may be given several
-    times. `metavar` stands for the value in help; `choices` are all the values there are; `required` has no default.
+    A `positional` is given by place, the others by `--name` (and by `short`, such as `-o`); a tuple may be given
+    several times. `metavar` stands for the value in help; `choices` are all the values there are; what is `required`
+    has no default.
     """
 
     help: str
@@ -86,9 +87,9 @@ class Settings:
 class RunSettings(Settings):
     """Have a model answer a prompt, or chat with it.
 
-    The answer is streamed to stdout; everything else goes to stderr. PROMPT is read from stdin where it is `-`, or where
-    it is left out and stdin is not a terminal (one line end at its end is dropped, as the shell does). Without a prompt,
-    at a terminal, a chat begins. A model without a chat format (a base model, or cria) continues the text instead.
+    The answer is streamed to stdout; everything else goes to stderr. PROMPT is read from stdin where it is `-`, or
+    where it is left out and stdin is not a terminal (one line end at its end is dropped, as the shell does). Without
+    a prompt, at a terminal, a chat begins. A model without a chat format (a base model, or cria) continues the text.
 
     MODEL is cria (the model inside the package, and the default), a file or folder, a hub id (org/name) or a short name
     (llama3.2:1b) that was pulled. A single argument that has spaces, and is no path, is taken as PROMPT.
@@ -111,7 +112,7 @@ class RunSettings(Settings):
     stop: tuple[str, ...] = _option("end the answer before this text; may be repeated", Sampling.stop, "TEXT")
     dtype: str = _option("compute with the weights as stored, or convert them", DTYPES[0], choices=DTYPES)
     device: str = _option("cpu, or a torch device such as cuda", "cpu", "DEVICE")
-    tokenizer: Path | None = _option("the tokenizer's file (default: beside the weights)", None, "FILE")
+    tokenizer: Path | None = _option("the tokenizer's file (default: beside the weights)", None, "FILE")  # noqa: RUF009
     kernels: str = _option("what computes on the CPU", KERNELS[0], choices=KERNELS)
     raw: bool = _option("apply no chat format: continue the prompt as it is", False)
     verbose: bool = _option("show counts and speeds after the answer", False)
@@ -155,7 +156,7 @@ class ShowSettings(Settings):
     command: ClassVar[str] = "show"
 
     model: str = _argument("the model, as for `puna run`", "MODEL", required=True)
-    tokenizer: Path | None = _option("the tokenizer's file (default: beside the weights)", None, "FILE")
+    tokenizer: Path | None = _option("the tokenizer's file (default: beside the weights)", None, "FILE")  # noqa: RUF009
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +189,7 @@ class ConvertSettings(Settings):
     to: str = field(metadata={"flag": Flag("the format to write", choices=("safetensors", "meta"), required=True)})
     output: Path = field(metadata={"flag": Flag("the folder to write", "DIR", short="-o", required=True)})
     type: str | None = _option("the type of the weights (default: as stored)", None, choices=("F32", "BF16", "F16"))
-    tokenizer: Path | None = _option("the tokenizer's file (default: beside the weights)", None, "FILE")
+    tokenizer: Path | None = _option("the tokenizer's file (default: beside the weights)", None, "FILE")  # noqa: RUF009
 
 
 @dataclass(frozen=True, kw_only=True)

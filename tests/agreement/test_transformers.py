@@ -1,8 +1,8 @@
 """Puna against transformers' LlamaForCausalLM, by value, on small random models of every generation.
 
-What it is: logits over {each generation page} x {fp32, bf16, fp16 weights} x {every way of feeding a sequence} x {short,
-past the original context} x {NumPy reference, each C++ instruction set, torch}; gradients of the torch form; and the
-two pairings of rope.
+What it is: logits over {each generation page} x {fp32, bf16, fp16 weights} x {every way of feeding a sequence} x
+{short, past the original context} x {NumPy reference, each C++ instruction set, torch}; gradients of the torch form;
+and the two pairings of rope.
 What is surprising: transformers always sees a row alone and whole. Padding, chunks and caches are ours to get right, so
 the oracle has none of them.
 
@@ -22,20 +22,22 @@ import numpy.typing as npt
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from puna.kernels import ops
-from puna.models import decoder, llama3
+from puna.models import decoder, llama1, llama2, llama3
 from puna.models.config import DecoderConfig, read_hub
 from puna.models.tree import DecoderWeights, KVCache, leaves, tree_map
 from puna.weights import names
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
-CASES = (
-    "llama1", "llama2-gqa", "codellama", "llama3", "llama3.1", "llama3.2", "biases", "linear", "head-dim",
-)  # fmt: skip
 SPANS = {"short": (11, 6, 9), "past-original-context": (83, 70, 77)}
 FP32_LIMIT = 1e-4
+NOISE = 1.25
+"""Slack on one model's RMS distance: two roundings of equal quality differ by luck (measured: up to 1.12 for a short
+row, while the mean over all models is 1.00, which `test_rounding_is_no_worse_than_theirs` holds to)."""
 
 
 class Ours:
@@ -162,6 +164,10 @@ WAYS: tuple[Callable[[Ours, list[Ints]], list[Floats]], ...] = (
 )  # fmt: skip
 
 
+def rms(error: npt.NDArray[np.float64]) -> float:
+    return float(np.sqrt(np.mean(np.square(error))))
+
+
 def flat(rows: list[Floats], like: list[Floats]) -> npt.NDArray[np.float64]:
     """Rows cut to the lengths of those in `like`, as one long vector."""
     return np.concatenate([row[: len(of)].ravel() for row, of in zip(rows, like, strict=False)]).astype(np.float64)
@@ -170,7 +176,6 @@ def flat(rows: list[Floats], like: list[Floats]) -> npt.NDArray[np.float64]:
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("span", SPANS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("case", CASES)
 def test_logits(oracle: Any, kernels: str, case: str, dtype: str, span: str, way: Any) -> None:
     known = oracle(case, dtype)
     model = Ours(known.config, known.tensors if kernels == "torch" else known.host)
@@ -182,7 +187,106 @@ def test_logits(oracle: Any, kernels: str, case: str, dtype: str, span: str, way
         assert error.max() < FP32_LIMIT * scale
         return
     theirs = np.abs(flat(known.rounded, found) - exact)
-    import os
-    if os.environ.get("DUMP"):
-        rms = lambda e: float(np.sqrt(np.mean(np.square(e))))
-        with open(os.environ["DUMP"], "a") as f: print(kernels, dtype, case, span, way.__name__, rms(error)/rms(theirs), error.max()/theirs.max(), rms(theirs)/scale, file=f)
+    assert rms(error) <= NOISE * rms(theirs)
+    assert error.max() <= 2 * theirs.max()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_rounding_is_no_worse_than_theirs(oracle: Any, cases: tuple[str, ...], kernels: str, dtype: str) -> None:
+    """Over all models together, where the luck of single roundings averages out: no slack but a hundredth."""
+    ratios = []
+    for case in cases:
+        known = oracle(case, dtype)
+        found = prefill(Ours(known.config, known.tensors if kernels == "torch" else known.host), known.ids)
+        exact = flat(known.exact, found)
+        ratios.append(rms(flat(found, found) - exact) / rms(flat(known.rounded, found) - exact))
+    assert np.exp(np.mean(np.log(ratios))) <= 1.01
+
+
+def test_gradients(oracle: Any, case: str) -> None:
+    """Every parameter's gradient of a cross-entropy over two rows past the original context, in float32."""
+    known = oracle(case, "fp32")
+    length = min(map(len, known.ids))
+    batch = torch.from_numpy(np.stack([row[:length] for row in known.ids[:2]])).long()
+
+    def loss(scores: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(scores[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+
+    ours = dict(leaves(known.tensors))
+    del ours["inv_freq"]
+    theirs = dict(known.model.named_parameters())
+    assert len(ours) == len(theirs)
+    positions = torch.arange(length, dtype=torch.int32).expand(2, -1)
+    hidden = decoder.forward(known.tensors, known.config, batch.int(), positions)
+    our_loss, their_loss = loss(decoder.logits(known.tensors, hidden)), loss(known.model(batch).logits)
+    assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-5)
+    found = dict(zip(ours, torch.autograd.grad(our_loss, list(ours.values())), strict=True))
+    wanted = dict(zip(theirs, torch.autograd.grad(their_loss, list(theirs.values())), strict=True))
+    for name, gradient in found.items():
+        target = wanted[names.foreign(name, "hub")]
+        assert target.abs().max() > 1e-5, name
+        assert (gradient - target).abs().max() < FP32_LIMIT * target.abs().max(), name
+
+
+def turned(known: Any, *, permute: bool) -> tuple[DecoderConfig, DecoderWeights]:
+    """The float32 model with rope on neighbours, its q and k rows reordered to suit, or not."""
+    config = replace(known.config, interleaved_rope=True)
+    table = dict(leaves(known.host))
+
+    def parameter(name: str) -> Any:
+        return names.repair(name, table[name], known.config, interleaved=True) if permute else table[name]
+
+    return config, decoder.build(config, parameter)
+
+
+def test_both_pairings_of_rope_are_one_model(oracle: Any, kernels: str, case: str) -> None:
+    known = oracle(case, "fp32")
+    scale = np.abs(known.exact[0]).max()
+    for permute in (True, False):
+        config, weights = turned(known, permute=permute)
+        if kernels == "torch":
+            weights = tree_map(torch.from_numpy, weights)
+        error = np.abs(chunked(Ours(config, weights), known.ids)[0] - known.exact[0]).max()
+        assert (error < FP32_LIMIT * scale) == permute
+
+
+REAL_ROPES = {
+    "llama1": (128, {"rope_type": "default", "rope_theta": llama1.ROPE_THETA}),
+    "codellama": (128, {"rope_type": "default", "rope_theta": llama2.CODE_ROPE_THETA}),
+    "llama3": (128, {"rope_type": "default", "rope_theta": llama3.ROPE_THETA}),
+    "llama3.1": (128, 8.0),
+    "llama3.2": (64, 32.0),
+    "narrow": (48, {"rope_type": "default", "rope_theta": llama1.ROPE_THETA}),
+}
+
+
+@pytest.mark.parametrize("shape", REAL_ROPES)
+def test_released_ropes_far_out(kernels: str, shape: str) -> None:
+    """Queries turned by the released models' own tables, up to position 131,071.
+
+    There an error of one unit in the last place of a frequency is an angle of 0.008, so the table itself has to be
+    what the models were trained with.
+    """
+    head_dim, rope = REAL_ROPES[shape]
+    if isinstance(rope, float):
+        rope = {
+            "rope_type": "llama3", "rope_theta": llama3.ROPE_THETA, "factor": rope, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        }  # fmt: skip
+    theirs = LlamaConfig(
+        hidden_size=3 * head_dim, num_attention_heads=3, head_dim=head_dim, num_key_value_heads=1,
+        rope_parameters=rope, max_position_embeddings=131072,
+    )  # fmt: skip
+    positions = np.array([[0, 1, 2047, 4095, 8191, 8192, 16384, 100_000, 131_071]], np.int32)
+    x = np.random.default_rng(5).standard_normal((1, positions.size, 3, head_dim), np.float32)
+    tensor = torch.from_numpy(x)
+    cos, sin = LlamaRotaryEmbedding(theirs)(tensor, torch.from_numpy(positions))
+    wanted, _ = apply_rotary_pos_emb(tensor, tensor, cos, sin, unsqueeze_dim=2)
+
+    inv_freq = read_hub(theirs.to_dict()).config.rope.inv_freq()
+    if kernels == "torch":
+        table = ops.rope_table(torch.from_numpy(positions), torch.from_numpy(inv_freq))
+        found = ops.rope(tensor, *table, False).numpy()
+    else:
+        found = ops.rope(x, *ops.rope_table(positions, inv_freq), False)
+    assert np.abs(found - wanted.numpy()).max() < FP32_LIMIT * np.abs(x).max()

@@ -3,8 +3,8 @@
 What it is: every module of the package (but those that are torch's) imported in one fresh interpreter under an audit
 hook (PEP 578).
 What is surprising: NumPy is imported before the hook, because what NumPy opens is NumPy's affair; threads started in
-C++ raise no audit event (nor any thread before Python 3.12), so starting one from Python is watched by hand and on Linux
-the kernel's own count is compared.
+C++ raise no audit event (nor does any thread before Python 3.12), so starting one from Python is watched by hand, and
+on Linux the kernel's own count is compared.
 """
 
 from __future__ import annotations

@@ -151,6 +151,12 @@ def _suggestion(name: str) -> str:
     sizes = [entry.short_name for entry in entries() if entry.generation == asked]
     if sizes:
         return f"Name the size too: {', '.join(sizes)}."
+    forms = [entry.short_name for entry in entries() if asked.startswith(entry.short_name)]
+    if forms:
+        # The size is right and the form is not: llama3.2:1b-chat.
+        size = forms[0]
+        forms = [entry.short_name for entry in entries() if entry.short_name.startswith(size)]
+        return f"Did you mean {' or '.join(forms)}?"
     nearest = difflib.get_close_matches(asked, _by_name(), n=8, cutoff=0.6)
     # Several spellings of one model are one suggestion.
     close = list(dict.fromkeys(_by_name()[match].short_name for match in nearest))[:3]

@@ -1,7 +1,7 @@
 """The chat at the terminal: a conversation with a model, or, for one without a chat format, texts that it continues.
 
 What it is: the loop (`chat`), its slash commands, and saved sessions (`Session`).
-What it is not: a keeper of context by cutting. When a conversation no longer fits, it says by how much, and nothing is sent.
+What it is not: a keeper of context by cutting. When a conversation no longer fits, it says by how much.
 What is surprising: every turn sends the whole conversation again; the engine finds that it begins with what it has in
 its cache and computes only what is new. Ctrl-C stops an answer and keeps what there is of it; Ctrl-D leaves.
 """
@@ -188,7 +188,9 @@ class _Chat:
         )
         if self.session.continues:
             why = "--raw" if self.settings.raw else "it has no chat format"
-            out.print(f"It continues each text you type ({why}). /help lists the commands.", style="dim")
+            out.print(
+                f"It continues each text you type ({why}). /help lists the commands.", style="dim", soft_wrap=True
+            )
         else:
             out.print("/help lists the commands.", style="dim")
 
@@ -200,7 +202,8 @@ class _Chat:
             while not lines[-1].rstrip().endswith(BLOCK):
                 lines.append(self.ask(MORE))
             lines[-1] = lines[-1].rstrip().removesuffix(BLOCK)
-            return "\n".join(lines).strip("\n")
+            text = "\n".join(lines).strip("\n")
+            return f"/{text}" if text.startswith("/") else text  # a block is never a command
         lines = [line]
         while lines[-1].endswith("\\"):
             lines[-1] = lines[-1][:-1]
@@ -257,14 +260,14 @@ class _Chat:
             try:
                 for piece in stream:
                     waiting.done()
-                    sys.stdout.write(before + piece)
-                    sys.stdout.flush()
+                    terminal.say(before + piece)
                     before = ""
             except KeyboardInterrupt:
-                waiting.done()
+                pass  # the answer's finish reason says it
             finally:
                 stream.close()
-        print(flush=True)
+                waiting.done()
+                print(flush=True)
         return stream.answer
 
     def set_system(self, text: str) -> None:

@@ -64,6 +64,12 @@ def read(settings: type[S], arguments: Sequence[str]) -> S:
     return settings(**{name: value for name, value in values.items() if value is not None})
 
 
+def ordered(settings: type[Settings]) -> list[Field[Any]]:
+    """A command's fields as people read them: positionals, its own options, then those every command has."""
+    shared = {each.name for each in fields(Settings)}
+    return sorted(fields(settings), key=lambda each: (not flag(each).positional, each.name in shared))
+
+
 def flag(each: Field[Any]) -> Flag:
     """The command-line side of a settings field."""
     found: Flag = each.metadata["flag"]
@@ -83,7 +89,7 @@ def value_name(each: Field[Any]) -> str:
 def usage(settings: type[Settings]) -> str:
     """The line `Usage: puna run [MODEL] [PROMPT] [options]`; what must be given stands without brackets."""
     parts = [f"Usage: puna {settings.command}"]
-    for each in sorted(fields(settings), key=lambda each: not flag(each).positional):
+    for each in ordered(settings):
         if flag(each).positional:
             parts.append(spelling(each) if flag(each).required else f"[{spelling(each)}]")
         elif flag(each).required:
@@ -136,7 +142,7 @@ def _parser(settings: type[Settings], *, positionals: bool) -> _Parser:
         allow_abbrev=False,
     )
     types = typing.get_type_hints(settings)
-    for each in fields(settings):
+    for each in ordered(settings):
         if flag(each).positional and positionals:
             parser.add_argument(each.name, metavar=flag(each).metavar, help=flag(each).help, nargs="?")
         elif not flag(each).positional:
@@ -227,7 +233,8 @@ def _unknown(settings: type[Settings], word: str) -> UsageError:
         return UsageError(f"puna {settings.command}: {name} takes no value.", remedy=usage(settings))
     return UsageError(
         f"puna {settings.command} has no flag {_shown(name)}.",
-        remedy=near or f"`puna {settings.command} --help` shows the flags. A text that begins with a dash goes after --.",
+        remedy=near
+        or f"`puna {settings.command} --help` shows the flags. A text that begins with a dash goes after --.",
     )
 
 

@@ -3,10 +3,8 @@
 What it is: dispatch. A subcommand's module (`run.py`, `show.py`, …) has `main(settings) -> int` and is imported only
 when it is asked for, so `puna --help` costs what argparse costs.
 What it is not: a place for a command's work.
-What is surprising: with `--json` an error too is one JSON document on stdout, `{"error": {"kind", "message", "remedy"}}`,
-beside the message on stderr and the exit code: whoever reads stdout always gets a document.
-
-Exit codes: 0 done, 2 the input is at fault, 130 interrupted, 1 anything else (also when nobody reads the output any more).
+What is surprising: with `--json` an error too is one JSON document on stdout, beside the message on stderr and the exit
+code: `{"error": {"kind", "message", "remedy"}}`. Whoever reads stdout always gets a document.
 """
 
 from __future__ import annotations
@@ -23,6 +21,13 @@ from puna.errors import PunaError, UsageError
 from puna.settings import COMMANDS, Settings, debug_wanted
 
 INTERRUPTED = 130
+EXIT_CODES = {
+    0: "done",
+    1: "anything but the following; also when nobody reads the output any more",
+    2: "the input is at fault: a flag, a file, a prompt",
+    INTERRUPTED: "interrupted (Ctrl-C)",
+}
+"""What `puna` returns, and what it means."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,13 +112,13 @@ def _report(error: Exception, as_json: bool) -> int:
 
 def _fail(as_json: bool, kind: str, message: str, remedy: str, code: int) -> int:
     try:
-        print(f"puna: {message}", file=sys.stderr)
-        if remedy:
-            print(remedy, file=sys.stderr)
-        if as_json:
-            import json
+        from puna.cli import terminal
 
-            print(json.dumps({"error": {"kind": kind, "message": message, "remedy": remedy}}))
+        terminal.note(f"puna: {message}")
+        if remedy:
+            terminal.note(remedy)
+        if as_json:
+            terminal.document({"error": {"kind": kind, "message": message, "remedy": remedy}})
         sys.stdout.flush()
     except BrokenPipeError:
         return _unread()

@@ -2,15 +2,14 @@
 
 What it is: from flags and stdin to a prompt, from the stream to stdout.
 What it is not: generation, which is `puna.LLM`'s.
-What is surprising: stdout gets exactly the answer where it is a pipe or a file. At a terminal a text that is continued is
-shown from its beginning, and a line end follows the answer.
+What is surprising: stdout gets exactly the answer where it is a pipe or a file. At a terminal a text that is continued
+is shown from its beginning, and a line end follows the answer.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 from puna.cli import terminal
 from puna.errors import UsageError
 from puna.settings import RunSettings
-from puna.weights.find import EMBEDDED, looks_like_path
+from puna.weights.find import EMBEDDED, find_model, looks_like_path
 
 if TYPE_CHECKING:
     from puna.llm import LLM
@@ -27,15 +26,17 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 
 
-def main(settings: RunSettings, *, load: Callable[[RunSettings], LLM] | None = None) -> int:
-    """Run the command. `load` makes the model (tests give a scripted one)."""
+def main(settings: RunSettings) -> int:
+    """Run the command."""
     settings = _sorted_out(settings)
+    # A wrong name or value is said before stdin is read and a large model loaded.
+    find_model(settings.model or EMBEDDED)
+    settings.sampling()
     prompt = _prompt(settings)
-    settings.sampling()  # a value out of range is said before a large model is loaded
     if prompt is None:
         _check_chat(settings)
     with terminal.Waiting(lambda: f"Loading {settings.model} ..."):
-        llm = (load or _load)(settings)
+        llm = _load(settings)
     for text in llm.notes:
         terminal.note(f"note: {text}")
     if prompt is None:
@@ -148,8 +149,7 @@ def _answer(llm: LLM, prompt: str, settings: RunSettings) -> int:
             for piece in stream:
                 waiting.done()
                 if not settings.json:
-                    sys.stdout.write(before + piece)
-                    sys.stdout.flush()
+                    terminal.say(before + piece)
                     before = ""
         except KeyboardInterrupt:
             interrupted = True

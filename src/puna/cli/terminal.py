@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 0.5
 """Seconds a person waits before a sign of life appears."""
+
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
 def console(stream: TextIO) -> Console:
@@ -36,13 +39,24 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 def document(data: Any) -> None:
-    """Print the one JSON document of `--json`."""
-    print(json.dumps(data, indent=1, allow_nan=False))
+    """Print the one JSON document of `--json`, on one line and in ASCII, whatever the terminal speaks."""
+    print(json.dumps(data, allow_nan=False))
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Write text as it comes, to stdout unless told otherwise, at once and without a line end.
+
+    A terminal obeys control characters (it can be made to retitle, overwrite or fill a clipboard), and what is shown
+    was made by a model or read from a stranger's file: there they appear as their codes. A pipe gets the text as it is.
+    """
+    stream = stream or sys.stdout
+    stream.write(text.translate(_CONTROL) if is_terminal(stream) else text)
+    stream.flush()
 
 
 def note(text: str) -> None:
     """Tell a person something beside the output."""
-    print(text, file=sys.stderr, flush=True)
+    say(text + "\n", sys.stderr)
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -58,14 +72,14 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         return
     widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
     for row in (headers, *rows):
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        say("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> None:
     """Print names and values, one pair a line, the values aligned."""
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
-        print(f"{name:<{width}}  {value}".rstrip())
+        say(f"{name:<{width}}  {value}".rstrip() + "\n")
 
 
 def size(count: float) -> str:
@@ -84,6 +98,27 @@ def quantity(count: float) -> str:
             return f"{count:.3g}{unit}"
         count /= 1000
     return f"{count:.3g}B" if count < 1000 else f"{count:,.0f}B"
+
+
+@contextmanager
+def bar() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar over bytes at a terminal, moved by `show(what is being done, bytes done, bytes in all)`; None elsewhere."""
+    if not is_terminal(sys.stderr):
+        yield None
+        return
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(compact=True),
+    )
+    with progress.Progress(*columns, console=console(sys.stderr), transient=True) as shown:
+        task = shown.add_task("", total=None)
+        # A total that was estimated (Meta's servers do not say) may turn out too small.
+        yield lambda doing, done, total: shown.update(task, description=doing, completed=done, total=max(done, total))
 
 
 class Waiting:

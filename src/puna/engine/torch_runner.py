@@ -20,33 +20,52 @@ from puna.models.config import DecoderConfig
 from puna.models.tree import DecoderWeights, KVCache, tree_map
 
 
+def open_device(device: str) -> torch.device:
+    """The torch device of that name, shown to work. Raises DeviceError when torch has no such device."""
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceError(
+            f"--device {device}: {str(error).splitlines()[0]}",
+            remedy="Use --device cpu, or install a torch with that device.",
+        ) from error
+    return found
+
+
+def describe(device: str) -> str:
+    """A device in words, with its memory where torch knows it. Raises DeviceError as `open_device` does."""
+    found = open_device(device)
+    if found.type != "cuda":
+        return f"{found.type}, torch {torch.__version__}"
+    properties = torch.cuda.get_device_properties(found)
+    free, total = torch.cuda.mem_get_info(found)
+    return (
+        f"{properties.name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, compute capability "
+        f"{properties.major}.{properties.minor}, torch {torch.__version__}"
+    )
+
+
 class TorchRunner:
     """The model on `device`. Raises DeviceError when torch has no such device or its memory is too small."""
 
     def __init__(self, config: DecoderConfig, weights: DecoderWeights, device: str) -> None:
         self.config = config
+        self._device = open_device(device)
         try:
-            self._device = torch.device(device)
-            torch.zeros(1, device=self._device)
             self._weights: DecoderWeights = tree_map(self._move, weights)
         except torch.cuda.OutOfMemoryError as error:
             raise DeviceError(
                 f"--device {device}: the model's weights do not fit its memory.",
                 remedy="Use --device cpu, or a smaller model.",
             ) from error
-        except (RuntimeError, AssertionError) as error:
-            raise DeviceError(
-                f"--device {device}: {str(error).splitlines()[0]}",
-                remedy="Use --device cpu, or install a torch with that device.",
-            ) from error
         self._cache: KVCache | None = None
 
     def _move(self, leaf: Any) -> torch.Tensor:
+        # A copy in between, one tensor at a time: the mapped file is read-only, and torch wants what it may write to.
         if isinstance(leaf, BF16):
-            return (
-                torch.from_numpy(np.ascontiguousarray(leaf.bits).view(np.int16)).view(torch.bfloat16).to(self._device)
-            )
-        return torch.from_numpy(np.ascontiguousarray(leaf)).to(self._device)
+            return torch.from_numpy(leaf.bits.view(np.int16).copy()).view(torch.bfloat16).to(self._device)
+        return torch.from_numpy(leaf.copy()).to(self._device)
 
     def reset(self, expected: int) -> None:
         """See Runner."""

@@ -52,6 +52,7 @@ class _Host:
     def __init__(self, kernels: str) -> None:
         self.kernels = kernels
         self.choices: list[Choice] = []
+        self.threads: int | None = None
         native, why_not = None, ""
         if kernels != "reference":
             try:
@@ -67,6 +68,7 @@ class _Host:
                     ) from error
         if native is not None:
             isa, reason = native.use(None if kernels == "auto" else kernels)
+            self.threads = native.threads()
         for op in NAMES:
             fast = getattr(native, op, None) if native is not None else None
             if fast is not None:
@@ -102,6 +104,11 @@ def table() -> list[Choice]:
 def summary() -> str:
     """The table in a few words, for a record of a run: `C++ avx512`, or `NumPy reference`."""
     return next(choice.implementation for choice in table() if choice.op == "linear")
+
+
+def threads() -> int | None:
+    """How many threads the C++ uses; None where NumPy serves, which has its own rule."""
+    return _settled().threads
 
 
 def machine() -> str:

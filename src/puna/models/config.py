@@ -150,7 +150,7 @@ def read_hub(data: Mapping[str, Any], source: str = "config.json") -> ReadConfig
     """
     f = Fields(data, source)
     f.choice("model_type", ("llama",), "llama")
-    if f.has("architectures") and "LlamaForCausalLM" not in (data["architectures"] or ()):
+    if f.has("architectures") and data["architectures"] != ["LlamaForCausalLM"]:
         raise f.fault("architectures", f"is {data['architectures']!r:.80}; Puna runs LlamaForCausalLM from this file")
     if f.has("quantization_config"):
         raise f.fault("quantization_config", "asks for packed weights, which Puna does not read from safetensors")
@@ -182,7 +182,9 @@ def read_hub(data: Mapping[str, Any], source: str = "config.json") -> ReadConfig
     _check(config, source)
     bos = f.integer("bos_token_id", least=0, most=1 << 24) if f.has("bos_token_id") else None
     eos = data.get("eos_token_id")
-    eos_ids = tuple(e for e in (eos if isinstance(eos, list) else [eos]) if isinstance(e, int))
+    eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    if not all(type(e) is int and 0 <= e < 1 << 24 for e in eos_ids):
+        raise f.fault("eos_token_id", f"must be a token id or a list of them, not {eos!r:.80}")
     f.ignore(
         "eos_token_id", "pad_token_id", "attention_dropout", "initializer_range", "pretraining_tp", "use_cache",
         "transformers_version", "_name_or_path", "return_dict", "output_hidden_states", "output_attentions",
@@ -199,13 +201,15 @@ def _read_hub_rope(f: Fields, head_dim: int) -> Rope:
     new = f.child("rope_parameters") if f.has("rope_parameters") else None
     old = f.child("rope_scaling") if f.has("rope_scaling") else None
     theta = f.number("rope_theta") if f.has("rope_theta") else None
+    if new is not None and old is not None and dict(new.data) != {**old.data, "rope_theta": new.data.get("rope_theta")}:
+        raise f.fault("rope_scaling", "differs from rope_parameters")
     inner = new or old
-    if new is not None:
-        new_theta = new.number("rope_theta", theta)
-        if theta is not None and theta != new_theta:
-            raise f.fault("rope_theta", f"is {theta} here and {new_theta} in rope_parameters")
-        theta = new_theta
-        new.choice("partial_rotary_factor", (1, 1.0), 1.0)
+    if inner is not None:
+        inner_theta = inner.number("rope_theta", theta if theta is not None else llama1.ROPE_THETA)
+        if theta is not None and theta != inner_theta:
+            raise f.fault("rope_theta", f"is {theta} here and {inner_theta} in rope_parameters")
+        theta = inner_theta
+        inner.choice("partial_rotary_factor", (1, 1.0), 1.0)
     if theta is None:
         theta = llama1.ROPE_THETA  # LlamaConfig's default: the Llama 1 and 2 files were written without the key
     if inner is None:
@@ -213,6 +217,8 @@ def _read_hub_rope(f: Fields, head_dim: int) -> Rope:
     for key in ("rope_type", "type"):
         inner.choice(key, ("default", "linear", "llama3"), None)
     kind = inner.data.get("rope_type") or inner.data.get("type") or "default"
+    if (inner.data.get("type") or kind) != kind:
+        raise inner.fault("type", f"is {inner.data['type']!r}, and 'rope_type' is {kind!r}")
     rope = Rope(head_dim, theta)
     if kind == "linear":
         rope = Rope(head_dim, theta, linear_factor=inner.number("factor"))

@@ -66,7 +66,15 @@ _METHODS = frozenset(
     )
 )
 
-_CONTAINERS: tuple[type[Collection[Any]], ...] = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
+_CONTAINERS: tuple[type[Collection[Any]], ...] = (
+    list,
+    tuple,
+    set,
+    frozenset,
+    type({}.keys()),
+    type({}.values()),
+    type({}.items()),
+)
 
 
 class _LimitError(TemplateError):
@@ -258,7 +266,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             owner = obj.__self__
             if isinstance(owner, LoopContext):
                 return obj.__name__ in ("cycle", "changed")
-            return isinstance(owner, str | dict | _CONTAINERS) and obj.__name__ in _METHODS
+            return isinstance(owner, (str, dict, *_CONTAINERS)) and obj.__name__ in _METHODS
         return False
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805

@@ -10,8 +10,8 @@ What is surprising:
   user-defined `<...>` pieces too, which that library cannot leave alone: they are re-typed to control pieces on load.
 - Decoding is our own (bytes of the tokens, joined, UTF-8 with errors="replace"), because the libraries disagree about
   invalid UTF-8 and a stream can only be decoded from bytes.
-- tiktoken's regex engine overflows on about a million whitespace characters in a row. Only such a run is cut, every
-  25,000 characters, as Meta's own code cuts; any text that tiktoken can encode gets exactly tiktoken's ids.
+- tiktoken's regex engine overflows on a million whitespace characters in a row. Only such a run is cut, every 25,000
+  characters, as Meta's own code cuts; any text that tiktoken can encode gets exactly tiktoken's ids.
 - A str with lone surrogates (what is left of invalid UTF-8 input) is refused, not patched.
 """
 
@@ -21,6 +21,7 @@ import binascii
 import heapq
 import json
 import math
+import os
 import re
 import struct
 import threading
@@ -286,12 +287,13 @@ class _Beside:
 def _read(path: Path, limit: int) -> bytes:
     try:
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(limit + 1) if size <= limit else b""  # a pipe claims no size, hence the + 1
     except OSError as error:
         raise TokenizerError(
             f"{path} cannot be read: {error.strerror or error}.", remedy="Check the path and its permissions."
         ) from error
-    if len(data) > limit:
+    if max(size, len(data)) > limit:
         raise TokenizerError(
             f"{path} is larger than {limit >> 20} MiB, more than any such file is.", remedy=_REMEDY_FETCH
         )
@@ -533,11 +535,12 @@ _TIKTOKEN_FILES: dict[int, tuple[str, str, dict[str, list[str]]]] = {
     200_000: ("llama4", _LLAMA4_PATTERN, {"llama4": _LLAMA4_SPECIAL}),
 }
 
-# Unicode's White_Space, which is what \s means to tiktoken; Python's \s holds four control characters more.
-_SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-# tiktoken's regex engine keeps one stack entry for each character of a whitespace run and stops at a million.
-_SPACE_RUN_LIMIT = 990_000
-_SPACE_RUN_CUT = 25_000
+# tiktoken's regex engine keeps a stack entry for each character of a whitespace run that no line end follows, and
+# gives up at the 999,999th. \s is Unicode's White_Space to it; Python's \s holds four control characters more.
+_BLANK = r"[\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+_BLANK_RUN_LIMIT = 999_999
+_ENDLESS_RUN = f"(?<!{_BLANK}){_BLANK}{{{_BLANK_RUN_LIMIT},}}+(?![\\r\\n])"
+_BLANK_RUN_CUT = 25_000
 
 
 class _TiktokenTokenizer(Tokenizer):
@@ -577,14 +580,15 @@ class _TiktokenTokenizer(Tokenizer):
         )
 
     def _encode_ordinary(self, text: str) -> list[int]:
-        if len(text) < _SPACE_RUN_LIMIT or not re.search(_SPACE + f"{{{_SPACE_RUN_LIMIT}}}", text):
+        if len(text) < _BLANK_RUN_LIMIT:
             return self._encoding.encode_ordinary(text)
+        cuts = [0]
+        for run in re.finditer(_ENDLESS_RUN, text):
+            cuts.extend(range(run.start() + _BLANK_RUN_CUT, run.end(), _BLANK_RUN_CUT))
         ids: list[int] = []
-        start = 0
-        for run in re.finditer(_SPACE + f"{{{_SPACE_RUN_CUT}}}", text):
-            ids.extend(self._encoding.encode_ordinary(text[start : run.end()]))
-            start = run.end()
-        return ids + self._encoding.encode_ordinary(text[start:])
+        for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True):
+            ids.extend(self._encoding.encode_ordinary(text[start:end]))
+        return ids
 
     def _ordinary_bytes(self, token_id: int) -> bytes:
         return self._tokens[token_id]

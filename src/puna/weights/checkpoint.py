@@ -35,7 +35,8 @@ class Checkpoint:
     """A whole checkpoint: what it is, and its parameters by canonical name, none of them read yet.
 
     `ignored` names what it stores besides, all of it known not to change the arithmetic. `tokenizer` is the tokenizer's
-    file if one lies where it belongs, `folder` the folder they lie in, `notes` what its user should be told.
+    file if one lies where it belongs, `folder` the folder they lie in, `files` those of the weights, `notes` what the
+    user should be told.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class Checkpoint:
     ignored: tuple[str, ...]
     tokenizer: Path | None
     folder: Path
+    files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
 
     @property
@@ -64,8 +66,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises CheckpointError or ConfigError naming file and key when anything is missing, left over, of another shape or
     type than the config says, or irregular in any way.
     """
-    if path.is_dir():
-        return _open_folder(path)
+    try:
+        return _open_folder(path) if path.is_dir() else _open_file(path)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: cannot be read ({error.strerror or error}).") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: a file is nested too deeply.", remedy="Fetch it again.") from error
+
+
+def _open_file(path: Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file or folder.", remedy="`puna list` shows the models that are here.")
     if path.name == safetensors.INDEX_NAME:
@@ -87,8 +96,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _open_safetensors(path, path.parent)
     if start[:4] == llama2c.MAGIC or llama2c.plausible(file):
         read_config, tensors, ignored = llama2c.read(file)
-        tokenizer = _find_tokenizer(path.parent, read_config.config)
-        return Checkpoint(path, "llama2c", read_config, tensors, ignored, tokenizer, path.parent)
+        tokenizer = _find_tokenizer(path.parent, read_config.config, "llama2c")
+        return Checkpoint(path, "llama2c", read_config, tensors, ignored, tokenizer, path.parent, (path,))
     raise CheckpointError(f"{path}: no format that Puna reads.", remedy=_FORMATS)
 
 
@@ -126,7 +135,7 @@ def _open_folder(folder: Path) -> Checkpoint:
         return _open_meta(folder, folder)
     loose = sorted(p for p in folder.iterdir() if p.suffix in (".pt", ".pth") or p.name in _LOOSE_NAMES)
     if len(loose) == 1:
-        return open_checkpoint(loose[0])
+        return _open_file(loose[0])
     if loose:
         raise CheckpointError(f"{folder}: several models: {listed(p.name for p in loose)}.", remedy="Name one of them.")
     raise CheckpointError(f"{folder}: no weights in this folder.", remedy=_FORMATS)
@@ -144,7 +153,8 @@ def _open_safetensors(weights: Path, folder: Path) -> Checkpoint:
         entries = safetensors.read_header(MappedFile(weights))
     stored = {name: entry.lazy() for name, entry in entries.items()}
     read_config = _with_generation_config(read_hub(read_json(config_file), str(config_file)), folder)
-    return _matched(weights, "safetensors", folder, read_config, stored, "hub")
+    files = tuple(sorted({entry.file.path for entry in entries.values()}))
+    return _matched(weights, "safetensors", folder, files, read_config, stored, "hub")
 
 
 def _with_generation_config(read_config: ReadConfig, folder: Path) -> ReadConfig:
@@ -166,7 +176,7 @@ def _open_meta(path: Path, folder: Path) -> Checkpoint:
             f"{folder}: there is no {meta.PARAMS_NAME} beside the shards.", remedy="Fetch the model's params.json."
         )
     read_config, stored = meta.read(folder, read_json(params))
-    return _matched(path, "meta", folder, read_config, stored, "meta")
+    return _matched(path, "meta", folder, tuple(meta.shard_paths(folder)), read_config, stored, "meta")
 
 
 def _open_pt(path: Path) -> Checkpoint:
@@ -194,7 +204,7 @@ def _open_pt(path: Path) -> Checkpoint:
             f"{path}: it holds weights and no config (heads, norm epsilon and rope cannot be told from weights).",
             remedy=f"Put the model's {CONFIG_NAME if convention == 'hub' else meta.PARAMS_NAME} beside it.",
         )
-    return _matched(path, "pt", path.parent, read_config, stored, convention, besides)
+    return _matched(path, "pt", path.parent, (path,), read_config, stored, convention, besides)
 
 
 def _convention(path: Path, stored: Mapping[str, LazyTensor]) -> names.Convention:
@@ -227,6 +237,7 @@ def _matched(
     path: Path,
     format: Format,
     folder: Path,
+    files: tuple[Path, ...],
     read_config: ReadConfig,
     stored: Mapping[str, LazyTensor],
     convention: names.Convention,
@@ -235,18 +246,18 @@ def _matched(
     """The checkpoint, once every parameter of the config is found with its shape and nothing is left over."""
     notes: list[str] = []
     head, embedding = names.foreign("head", convention), names.foreign("embedding", convention)
-    ignored = list(besides)
+    copies: dict[str, str] = {}
     if embedding in stored:
         tied = read_config.config.tied_head
-        stores_copy = head in stored and _is_copy(stored[head], stored[embedding], convention)
+        whole = (read_config.config.vocab_size, read_config.config.dim)
+        stores_copy = head in stored and stored[head].shape == whole and _is_copy(stored[head], stored[embedding])
         if tied and head in stored and not stores_copy:
             raise CheckpointError(
                 f"{path}: the config says that the head is the embedding, and {head} differs from {embedding}.",
                 remedy="Correct tie_word_embeddings (tied_embeddings in params.json), or fetch the model again.",
             )
         if stores_copy and (tied or convention != "hub"):
-            ignored.append(head)
-            notes.append(f"{head} equals {embedding} and is kept once")
+            copies[head] = f"{head} (a copy of {embedding})"
             tied = True
         elif head not in stored and not tied and convention != "hub":
             notes.append(f"there is no {head}: the embedding serves as the head")
@@ -259,10 +270,8 @@ def _matched(
             f"{path}: {len(absent)} of {len(wanted)} tensors missing: {listed(absent)}.",
             remedy="The config is another model's, or files are missing: fetch the model again.",
         )
-    for name in stored:
-        if name not in wanted and names.ignorable(name):
-            ignored.append(name)
-    if unknown := stored.keys() - wanted.keys() - set(ignored):
+    tables = [name for name in stored if names.ignorable(name)]
+    if unknown := stored.keys() - wanted.keys() - copies.keys() - set(tables):
         raise CheckpointError(
             f"{path}: {len(unknown)} tensors that this model has no use for: {listed(unknown)}.",
             remedy="It is another kind of model, or the config is another model's.",
@@ -281,21 +290,22 @@ def _matched(
                 remedy="Save the model in one of those types.",
             )
         tensors[name] = dataclasses.replace(tensor, name=name)
-    tokenizer = _find_tokenizer(folder, read_config.config)
-    return Checkpoint(path, format, read_config, tensors, tuple(ignored), tokenizer, folder, tuple(notes))
+    tokenizer = _find_tokenizer(folder, read_config.config, format)
+    ignored = (*besides, *copies.values(), *tables)
+    return Checkpoint(path, format, read_config, tensors, ignored, tokenizer, folder, files, tuple(notes))
 
 
-def _is_copy(head: LazyTensor, embedding: LazyTensor, convention: names.Convention) -> bool:
+def _is_copy(head: LazyTensor, embedding: LazyTensor) -> bool:
     """Whether the head is the embedding over again, told by place, else by value; an untied head differs at once."""
     if (head.shape, head.dtype) != (embedding.shape, embedding.dtype) or head.dtype not in ITEM_SIZE:
         return False
     return (head.at is not None and head.at == embedding.at) or same_bits(head.read(), embedding.read())
 
 
-def _find_tokenizer(folder: Path, config: DecoderConfig) -> Path | None:
+def _find_tokenizer(folder: Path, config: DecoderConfig, format: Format) -> Path | None:
     """The tokenizer's file: beside the weights, or (Llama 1 as Meta shipped it) in the folder above."""
-    for place in (folder, folder.parent):
-        for name in ("tokenizer.json", "tokenizer.model", f"tok{config.vocab_size}.bin", "tokenizer.bin"):
-            if (place / name).is_file():
-                return place / name
-    return None
+    beside = ("tokenizer.json", "tokenizer.model", f"tok{config.vocab_size}.bin", "tokenizer.bin")
+    places = [folder / name for name in beside]
+    if format == "meta":
+        places.append(folder.parent / "tokenizer.model")
+    return next((place for place in places if place.is_file()), None)

@@ -100,8 +100,8 @@ def fetch(
         have = _feed(file, digest, stop, advance)
         if size is not None and have > size:
             have, digest = _empty(file, have, advance), new_digest()
+        most = have  # bytes that were ever at hand: refetching the same ones again and again is no progress
         while size is None or have < size:
-            before = have
             problem: httpx2.TransportError | str = "the server ended the file early"
             ask = {**(headers or {}), "Accept-Encoding": "identity"}
             if have:
@@ -125,7 +125,6 @@ def fetch(
                     elif status in (200, 206):
                         if status == 200 and have:
                             have, digest = _empty(file, have, advance), new_digest()
-                        before = have
                         if size is None:
                             size = _size(response, have)
                         for chunk in response.iter_bytes(_CHUNK):
@@ -149,7 +148,7 @@ def fetch(
                 problem = error
             if size is not None and have == size:
                 break
-            failures = 1 if have > before else failures + 1
+            failures, most = (1, have) if have > most else (failures + 1, most)
             if failures > RETRIES:
                 if isinstance(problem, httpx2.TransportError):
                     raise problem

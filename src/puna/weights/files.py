@@ -38,7 +38,7 @@ class LazyTensor:
     `name` is canonical (a key of `decoder.shapes`), `dtype` one of `"fp32"`, `"bf16"`, `"fp16"`. `read()` gives the
     weight as stored: a read-only view of the mapped file where the file allows it, else a copy (a tensor split over
     shards, or one whose bytes are not contiguous or not aligned). `at` says which bytes, so that two names for one
-    tensor are known without reading either.
+    tensor are known without reading either. `check()` verifies the checksum of formats that have one.
     """
 
     name: str
@@ -46,6 +46,7 @@ class LazyTensor:
     dtype: str
     read: Callable[[], Weight]
     at: tuple[str, int] | None = None
+    check: Callable[[], None] = lambda: None
 
     @property
     def nbytes(self) -> int:
@@ -150,5 +151,11 @@ def read_json(path: Path) -> Mapping[str, Any]:
 def listed(names: Iterable[str]) -> str:
     """Names for an error message: the first eight, and how many more."""
     every = sorted(names)
-    shown = ", ".join(name[:120] for name in every[:8])
-    return shown if len(every) <= 8 else f"{shown} and {len(every) - 8} more"
+    first = ", ".join(shown(name) for name in every[:8])
+    return first if len(every) <= 8 else f"{first} and {len(every) - 8} more"
+
+
+def shown(name: object) -> str:
+    """A word from a file as a message may print it: not too long, and nothing a terminal would obey."""
+    text = str(name)[:120]
+    return text if text.isprintable() else repr(text)

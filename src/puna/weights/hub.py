@@ -31,6 +31,7 @@ from puna.catalog import models as catalog
 from puna.errors import HubError
 from puna.weights import installed as books
 from puna.weights.fetch import Digest, Stopped, fetch, git_blob_sha1, hash_file
+from puna.weights.find import EMBEDDED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -220,17 +221,12 @@ def pull(
 def resolve(name: str, *, cache_dir: Path | None = None) -> Path:
     """The folder of a model that is on this machine, without network.
 
-    `name` is `cria`, a short name, or a hub id. A pulled model is the commit that was pinned; one that another program
-    left in the hub's cache is what that cache calls `main`.
+    `name` is a short name or a hub id (`find.find_model` knows paths and the embedded model). A pulled model is the
+    commit that was pinned; one that another program left in the hub's cache is what that cache calls `main`.
 
     Raises:
         HubError: it is not here, or not whole; the remedy is the command that fetches it.
     """
-    if name == books.EMBEDDED:
-        folder = books.embedded_folder()
-        if folder is None:
-            raise HubError("This build of Puna has no embedded model.", remedy="Name another model.")
-        return folder
     hub_id = hub_id_of(name)
     for record in _records_of(name, hub_id):
         if books.is_whole(record):
@@ -260,9 +256,9 @@ def remove(name: str) -> int:
     Raises:
         HubError: it is the embedded model, it was not pulled by Puna, or its files cannot be removed.
     """
-    if name == books.EMBEDDED:
+    if name == EMBEDDED:
         raise HubError(
-            f"{books.EMBEDDED} is part of the package and cannot be removed.", remedy="Uninstall Puna to remove it."
+            f"{EMBEDDED} is part of the package and cannot be removed.", remedy="Uninstall Puna to remove it."
         )
     hub_id = hub_id_of(name)
     found = _records_of(name, hub_id)

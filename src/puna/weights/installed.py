@@ -15,16 +15,13 @@ import os
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from puna.catalog import models as catalog
 from puna.errors import HubError
 from puna.settings import puna_home
-
-EMBEDDED = "cria"
-"""The name of the model that ships inside the package."""
+from puna.weights.find import EMBEDDED, find_model
 
 _FORMAT = 1
 _MAX_RECORD = 16 << 20  # bytes; a record takes about 200 a file
@@ -92,7 +89,7 @@ def now() -> str:
 
 def embedded_folder() -> Path | None:
     """Where the embedded model lies, or None in a package built without it."""
-    folder = Path(str(resources.files("puna"))) / "data" / EMBEDDED
+    folder = find_model(EMBEDDED)
     return folder if folder.is_dir() else None
 
 

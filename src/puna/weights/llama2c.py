@@ -68,7 +68,7 @@ def read(file: MappedFile) -> tuple[ReadConfig, dict[str, LazyTensor], tuple[str
     numbers = sum(math.prod(shape) for shape in shapes.values())
     if (expected := _HEADER.size + numbers * 4 + tables) != file.size:
         raise CheckpointError(
-            f"{file.path}: a llama2.c model of {numbers} parameters takes {expected} bytes, and the file has {file.size}.",
+            f"{file.path}: a llama2.c model of {numbers} parameters takes {expected} bytes, not {file.size}.",
             remedy="It is cut short, damaged, or not a llama2.c model: fetch or export it again.",
         )
     tensors: dict[str, LazyTensor] = {}

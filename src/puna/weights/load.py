@@ -67,10 +67,10 @@ def load(path: Path, *, dtype: str = "auto", tokenizer: Path | None = None) -> L
         )
     if words.vocab_size != config.vocab_size:
         notes = (*notes, f"the tokenizer has {words.vocab_size} tokens and the embedding {config.vocab_size} rows")
-    return LoadedModel(config, weights, words, _chat_format(checkpoint, words), checkpoint, notes)
+    return LoadedModel(config, weights, words, chat_format_of(checkpoint, words), checkpoint, notes)
 
 
-def _chat_format(checkpoint: Checkpoint, tokenizer: Tokenizer) -> ChatFormat | None:
+def chat_format_of(checkpoint: Checkpoint, tokenizer: Tokenizer) -> ChatFormat | None:
     """The tokenizer's own template, else the built-in of the generation where Meta's folder says it is a chat model."""
     from puna.text.chat import chat_format
 

@@ -10,7 +10,7 @@ shard needs no joining, so its weights stay views of the file, while joined ones
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,21 +109,29 @@ def joined(folder: Path, name: str, pieces: list[LazyTensor], shape: tuple[int, 
     if count == 1:
         return first
     if first.shape == shape and len(shape) == 1:
-        return LazyTensor(name, shape, first.dtype, partial(_replicated, folder, name, pieces))
+        return _whole(name, shape, pieces, partial(_replicated, folder, name, pieces))
     by_columns = (first.shape[0], first.shape[1] * count) if len(first.shape) == 2 else None
     if by_columns == shape and (_COLUMNS.fullmatch(name) or name == "tok_embeddings.weight"):
-        return LazyTensor(name, shape, first.dtype, partial(_concatenated, pieces, 1))
+        return _whole(name, shape, pieces, partial(_concatenated, pieces, 1))
     by_rows = (first.shape[0] * count, *first.shape[1:]) if first.shape else None
     if by_rows == shape and not _COLUMNS.fullmatch(name):
-        return LazyTensor(name, shape, first.dtype, partial(_concatenated, pieces, 0))
+        return _whole(name, shape, pieces, partial(_concatenated, pieces, 0))
     # More shards than key/value heads: neighbouring shards hold the same head.
     repeats, rest = divmod(by_rows[0], shape[0]) if by_rows and by_rows[1:] == shape[1:] else (0, 0)
     if repeats > 1 and not rest and not count % repeats and _KEYS_VALUES.fullmatch(name):
-        return LazyTensor(name, shape, first.dtype, partial(_deduplicated, folder, name, pieces, repeats))
+        return _whole(name, shape, pieces, partial(_deduplicated, folder, name, pieces, repeats))
     raise CheckpointError(
-        f"{folder}: {name} has the shape {list(first.shape)} in each of {count} shards, which do not make {list(shape)}.",
+        f"{folder}: {name} is {list(first.shape)} in each of {count} shards, which do not make {list(shape)}.",
         remedy="params.json and the shards are not of one model, or a shard is missing.",
     )
+
+
+def _whole(name: str, shape: tuple[int, ...], pieces: Sequence[LazyTensor], read: Callable[[], Weight]) -> LazyTensor:
+    def check() -> None:
+        for piece in pieces:
+            piece.check()
+
+    return LazyTensor(name, shape, pieces[0].dtype, read, check=check)
 
 
 def _concatenated(pieces: Sequence[LazyTensor], axis: int) -> Weight:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from puna.errors import CheckpointError
+from puna.weights.files import shown
 
 LARGEST_PICKLE = 16 << 20
 """Bytes. A training checkpoint of the 405B (three tensors a parameter) takes under one megabyte."""
@@ -99,8 +100,8 @@ class _Machine:
     def fault(self, what: str) -> CheckpointError:
         return CheckpointError(
             f"{self.source}: {what}.",
-            remedy="Puna reads tensors from such files and runs nothing. Fetch the file again from its publisher, or save "
-            "it anew with torch.save(model.state_dict()).",
+            remedy="Puna reads tensors from such files and runs nothing. Fetch the file again from its publisher, or "
+            "save it anew with torch.save(model.state_dict()).",
         )
 
     def run(self) -> Any:
@@ -129,7 +130,7 @@ class _Machine:
     def text(self, width: int) -> str:
         raw = self.take(self.unsigned(width))
         try:
-            return raw.decode("utf-8", "surrogatepass")
+            return raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise self.fault("its pickle holds a word that is not UTF-8") from error
 
@@ -181,7 +182,7 @@ class _Machine:
         if type(key) not in (str, int, float, bool):
             raise self.fault(f"its pickle has a dictionary key of type {type(key).__name__}")
         if key in target:
-            raise self.fault(f"its pickle has the key {str(key)[:120]!r} twice in one dictionary")
+            raise self.fault(f"its pickle has the key {shown(key)} twice in one dictionary")
         target[key] = value
 
     def append_all(self, values: list[Any]) -> None:
@@ -190,10 +191,10 @@ class _Machine:
             raise self.fault("its pickle appends to something that is no list")
         target.extend(values)
 
-    def refer(self, module: Any, name: Any) -> None:
-        found = Global(module, name) if isinstance(module, str) and isinstance(name, str) else None
-        if found is None or found not in _KNOWN:
-            raise self.fault(f"its pickle asks for {str(module)[:80]}.{str(name)[:80]}, which is code and not a tensor")
+    def refer(self, module: str, name: str) -> None:
+        found = Global(module, name)
+        if found not in _KNOWN:
+            raise self.fault(f"its pickle asks for {shown(module)}.{shown(name)}, which is code and not a tensor")
         self.push(found)
 
     def stack_global(self) -> None:

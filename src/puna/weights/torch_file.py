@@ -5,7 +5,7 @@ uncompressed, each entry whole and apart from the others) and nothing else; insi
 file of numbers for each storage. Format: PKWARE APPNOTE 6.3, and torch/serialization.py for the rest.
 What it is not: an unzipper. An entry is a span of the mapped file.
 What is surprising: checksums are verified for the small entries only (the pickle); those of the numbers would mean
-reading the whole file before the first answer. `puna convert` reads it all anyway, and checks them then.
+reading the whole file before the first answer. Converting reads it all anyway, and `TorchFile.check` serves there.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import numpy as np
 
 from puna.errors import CheckpointError
 from puna.kernels.layouts import Weight
-from puna.weights.files import ITEM_SIZE, LazyTensor, MappedFile, listed, raw, wrap
+from puna.weights.files import ITEM_SIZE, LazyTensor, MappedFile, listed, raw, shown, wrap
 from puna.weights.pickle_reader import ITEM_SIZES, LARGEST_PICKLE, Storage, StoredTensor, read_pickle
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 """The types a weight may have, as Puna calls them."""
 
 MOST_ENTRIES = 200_000
+_BLOCK = 1 << 24
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
@@ -40,6 +41,7 @@ class TorchFile:
     file: MappedFile
     value: Any
     offsets: dict[str, int]
+    checksums: dict[str, int]
 
     def weight(self, tensor: StoredTensor) -> Weight:
         """The numbers of a tensor: a view where they are contiguous, else a copy.
@@ -68,6 +70,18 @@ class TorchFile:
                 remedy="Save the model in one of those types.",
             )
         return DTYPES[tensor.storage.dtype]
+
+    def check(self, tensor: StoredTensor) -> None:
+        """Verify the checksum of a tensor's storage, which reads it. Raises CheckpointError."""
+        key, begin = tensor.storage.key, self.offsets[tensor.storage.key]
+        expected, end = self.checksums.get(key, 0), begin + tensor.storage.count * ITEM_SIZES[tensor.storage.dtype]
+        found = 0
+        for at in range(begin, end if expected else begin, _BLOCK):
+            found = zlib.crc32(memoryview(self.file.bytes)[at : min(at + _BLOCK, end)], found)
+        if found != expected:
+            raise CheckpointError(
+                f"{self.file.path}: storage {key!r} is damaged: its checksum differs.", remedy="Fetch the file again."
+            )
 
     def where(self, tensor: StoredTensor) -> tuple[str, int]:
         """Which bytes: the file and where in it the tensor begins."""
@@ -100,11 +114,12 @@ def state_tensors(file: TorchFile, state: Any) -> dict[str, LazyTensor]:
     for key, tensor in state.items():
         if not isinstance(key, str) or not isinstance(tensor, StoredTensor):
             raise CheckpointError(
-                f"{source}: {str(key)[:120]!r} is a {type(tensor).__name__} and not a tensor.",
+                f"{source}: {shown(key)} is a {type(tensor).__name__} and not a tensor.",
                 remedy="Save torch.save(model.state_dict()) alone.",
             )
         dtype = DTYPES.get(tensor.storage.dtype, tensor.storage.dtype)
-        tensors[key] = LazyTensor(key, tensor.shape, dtype, partial(file.weight, tensor), file.where(tensor))
+        read, check = partial(file.weight, tensor), partial(file.check, tensor)
+        tensors[key] = LazyTensor(key, tensor.shape, dtype, read, file.where(tensor), check)
     return tensors
 
 
@@ -133,17 +148,18 @@ def _open_zip(file: MappedFile) -> TorchFile:
     if order is not None and _small(file, order) != b"little":
         raise CheckpointError(f"{file.path}: its numbers are big-endian.", remedy="Save it on a little-endian machine.")
     value, storages, _ = read_pickle(_small(file, spans[pickles[0]]), f"{file.path}: {pickles[0]}")
-    offsets = {}
+    offsets: dict[str, int] = {}
+    checksums: dict[str, int] = {}
     for storage in storages.values():
         span = spans.get(f"{root}data/{storage.key}")
         size = storage.count * ITEM_SIZES[storage.dtype]
         if span is None or span.size != size:
             raise CheckpointError(
-                f"{file.path}: storage {storage.key!r} should be {size} bytes and is {span.size if span else 'missing'}.",
+                f"{file.path}: storage {storage.key!r} should be {size} bytes, not {span.size if span else 'missing'}.",
                 remedy="The file is damaged: fetch it again.",
             )
-        offsets[storage.key] = span.begin
-    return TorchFile(file, value, offsets)
+        offsets[storage.key], checksums[storage.key] = span.begin, span.crc
+    return TorchFile(file, value, offsets, checksums)
 
 
 def _small(file: MappedFile, span: _Span) -> bytes:
@@ -262,4 +278,4 @@ def _open_legacy(file: MappedFile) -> TorchFile:
         at += 8 + size
     if offsets.keys() != storages.keys() or at != file.size:
         raise CheckpointError(f"{source}: it lacks storages, or bytes follow the last.", remedy="Fetch it again.")
-    return TorchFile(file, value, offsets)
+    return TorchFile(file, value, offsets, {})

@@ -188,12 +188,12 @@ def test_write_kv_refuses_positions_outside_and_stores_nothing(bad: int) -> None
 
 
 def check_attention(
-    B: int, S: int, H: int, G: int, D: int, positions: npt.NDArray[np.int32] | None, spread: float = 1.0
+    B: int, S: int, H: int, G: int, D: int, positions: npt.NDArray[np.int32] | None, spread: float = 1.0, tolerance: float = 3e-6
 ) -> None:
     T = S if positions is None else positions.shape[1]
     q, k, v = normal(1, B, T, H, D) * spread, normal(2, B, S, G, D), normal(3, B, S, G, D)
     want = ref.attention(*(a.astype(np.float64) for a in (q, k, v)), positions)
-    assert_close(cpu.attention(q, k, v, positions), want, 3e-6)
+    assert_close(cpu.attention(q, k, v, positions), want, tolerance)
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(1, 1), (4, 1), (6, 2), (8, 8), (3, 3), (20, 4)])
@@ -226,8 +226,10 @@ def test_attention_of_padding_is_zero_and_beyond_the_position_unseen() -> None:
 
 
 def test_attention_with_scores_that_overflow_naive_exponentials() -> None:
+    """Scores near 1,000: float32 holds them to 6e-5, and their exponentials are off by as much."""
     for tokens in (1, 30):
-        check_attention(1, 40, 2, 1, 16, np.arange(40 - tokens, 40, dtype=np.int32)[None], spread=200.0)
+        positions = np.arange(40 - tokens, 40, dtype=np.int32)[None]
+        check_attention(1, 40, 2, 1, 16, positions, spread=200.0, tolerance=2e-4)
 
 
 def test_attention_does_not_depend_on_the_batch() -> None:

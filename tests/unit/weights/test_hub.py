@@ -33,7 +33,7 @@ NAME = "herd/tiny"
 GATED = "meta-llama/Llama-3.2-1B-Instruct"
 WEIGHTS = bytes(range(256)) * 12_000  # 3 MB: three chunks
 SHARDS = {"model-00001-of-00002.safetensors": WEIGHTS[:700_000], "model-00002-of-00002.safetensors": WEIGHTS[700_000:]}
-INDEX = json.dumps({"weight_map": {"a": list(SHARDS)[0], "b": list(SHARDS)[1]}}).encode()
+INDEX = json.dumps({"weight_map": dict(zip("ab", SHARDS, strict=True))}).encode()
 CONFIG = b'{"model_type": "llama"}'
 BESIDE = {
     "config.json": CONFIG,
@@ -77,6 +77,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 def blob_part(hub: FakeHub, path: str, content: bytes) -> Path:
     """Where the half of a file lies."""
     return Path(constants.HF_HUB_CACHE) / "models--herd--tiny/blobs" / f"{_blob(path, content)}.incomplete"
+
+
+def on_disk() -> int:
+    """Bytes in the model's blobs, whole or not: which small files an interrupted pull still got is a matter of luck."""
+    return sum(path.stat().st_size for path in (Path(constants.HF_HUB_CACHE) / "models--herd--tiny/blobs").iterdir())
 
 
 def _blob(path: str, content: bytes) -> str:
@@ -198,10 +203,11 @@ def test_pull_that_failed_continues_where_it_stopped(hub: FakeHub) -> None:
     with pytest.raises(HubError, match="not finished"):
         resolve(NAME)
     hub.requests.clear()
+    here = on_disk()
     done = pull(NAME)
     assert (done.folder / "model.safetensors").read_bytes() == WEIGHTS
     assert [r.range for r in hub.contents("model.safetensors")] == [f"bytes={held}-"] * 2  # the hub, then its CDN
-    assert done.bytes_fetched == len(WEIGHTS) - held
+    assert done.bytes_fetched == done.bytes_total - here
     assert not part.exists()
 
 
@@ -347,7 +353,7 @@ def test_token_goes_to_the_hub_and_not_to_its_cdn(hub: FakeHub, monkeypatch: pyt
 
 def test_gated_without_token(hub: FakeHub) -> None:
     hub.repositories[GATED] = Repository({**BESIDE, "model.safetensors": WEIGHTS}, gated=True)
-    with pytest.raises(HubError, match="gated under the Llama 3.2 Community License Agreement") as caught:
+    with pytest.raises(HubError, match=r"gated under the Llama 3\.2 Community License Agreement") as caught:
         pull("llama3.2:1b")
     remedy = caught.value.remedy
     assert f"https://huggingface.co/{GATED}" in remedy
@@ -410,7 +416,7 @@ def test_passing_trouble_is_waited_out(hub: FakeHub) -> None:
 
 
 def test_no_connection(hub: FakeHub) -> None:
-    with pytest.raises(HubError, match="could not be fetched from http://127.0.0.1:9") as caught:
+    with pytest.raises(HubError, match=r"could not be fetched from http://127\.0\.0\.1:9") as caught:
         pull(NAME, endpoint="http://127.0.0.1:9")
     assert "online" in caught.value.remedy
 
@@ -494,7 +500,7 @@ def test_name_that_is_no_hub_id(hub: FakeHub, name: str) -> None:
 
 
 def test_misspelt_short_name(hub: FakeHub) -> None:
-    with pytest.raises(HubError, match="no model called 'lama3.2:1b'") as caught:
+    with pytest.raises(HubError, match=r"no model called 'lama3\.2:1b'") as caught:
         pull("lama3.2:1b")
     assert "Did you mean llama3.2:1b" in caught.value.remedy
 
@@ -592,8 +598,9 @@ def test_remove_takes_what_an_interrupted_pull_left(hub: FakeHub) -> None:
     hub.cut["model.safetensors"] = [1_500_000, *[0] * fetch_module.RETRIES]
     with pytest.raises(HubError):
         pull(NAME)
-    held = blob_part(hub, "model.safetensors", WEIGHTS).stat().st_size
-    assert remove(NAME) == held + sum(map(len, BESIDE.values()))
+    held = on_disk()
+    assert held >= blob_part(hub, "model.safetensors", WEIGHTS).stat().st_size > 0
+    assert remove(NAME) == held
     assert not (Path(constants.HF_HUB_CACHE) / "models--herd--tiny").exists()
 
 
@@ -616,7 +623,6 @@ def test_embedded_model(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "cria").mkdir()
     (tmp_path / "cria/config.json").write_bytes(b"{}")
     monkeypatch.setattr("puna.weights.installed.embedded_folder", lambda: tmp_path / "cria")
-    assert resolve("cria") == tmp_path / "cria"
     row = installed()[0]
     assert (row.name, row.source, row.size_bytes, row.complete, row.commit) == ("cria", "embedded", 2, True, "")
 
@@ -632,7 +638,10 @@ def test_model_emptied_from_the_cache_by_others(hub: FakeHub) -> None:
 
 
 def test_importing_it_does_not_import_the_hub_client() -> None:
-    code = "import sys, puna.weights.hub, puna.weights.meta_link; print([m for m in sys.modules if m.startswith(('huggingface', 'httpx'))])"
+    code = """
+import sys, puna.weights.hub, puna.weights.meta_link
+print([name for name in sys.modules if name.startswith(("huggingface", "httpx"))])
+"""
     ran = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

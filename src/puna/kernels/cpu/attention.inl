@@ -13,7 +13,7 @@ struct AttentionJob {
     const int32_t* positions;
     float* out;
     int64_t B, T, S, H, G, D, R;  // R = H / G, the heads of a group
-    float scale;                  // 1 / √D
+    float scale;                  // log2(e) / √D: all exponentials here are powers of 2
     char* thread_scratch;
     int64_t thread_bytes;
     int64_t tiles;         // many: tiles of rows
@@ -83,13 +83,13 @@ static void attend_lanes(const AttentionJob& job, int64_t b, int64_t g, int64_t 
         vf shift[V], shrink[V];
         UNROLL for (int j = 0; j < V; j++) {
             shift[j] = select(top[j] == splat(-INFINITE), (vf){}, top[j]);  // a row that sees nothing yet
-            shrink[j] = exponential(peak[j] - shift[j]);
+            shrink[j] = exponential2(peak[j] - shift[j]);
             peak[j] = top[j];
             total[j] *= shrink[j];
         }
         for (int64_t s = 0; s < count; s++) UNROLL for (int j = 0; j < V; j++) {
             float* at = scores + (s * V + j) * W;
-            vf p = exponential(load(at) - shift[j]);
+            vf p = exponential2(load(at) - shift[j]);
             total[j] += p;
             store(at, p);
         }
@@ -135,6 +135,7 @@ static void many_rows_chunk(void* data, int64_t chunk, int thread) {
 
 constexpr int64_t FEW_ROWS = 8;
 constexpr int64_t STRETCH = 512;  // keys a task
+constexpr int64_t AHEAD = 16;     // keys ahead that are prefetched: one head's keys lie too far apart for the hardware
 
 // scores[i][s] = q[i] · key s, for N rows and keys [0, count).
 template <int N>
@@ -146,17 +147,15 @@ INLINE void few_scores(const float* q, int64_t q_row, const float* keys, int64_t
         UNROLL for (int j = 0; j < K; j++) key[j] = keys + smaller(s + j, count - 1) * stride;
         vf sums[N][K];
         UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < K; j++) sums[i][j] = (vf){};
-        int64_t d = 0;
-        for (; d + W <= D; d += W)
+        for (int64_t d = 0; d < D; d += W) {
+            vf row[N];
+            UNROLL for (int i = 0; i < N; i++) keep(row[i] = load(q + i * q_row + d));
             UNROLL for (int j = 0; j < K; j++) {
-                vf x = load(key[j] + d);
-                UNROLL for (int i = 0; i < N; i++) sums[i][j] += x * load(q + i * q_row + d);
+                __builtin_prefetch(key[j] + d + AHEAD * stride);
+                vf x = load_up_to(key[j] + d, D - d);
+                UNROLL for (int i = 0; i < N; i++) sums[i][j] += x * row[i];
             }
-        if (d < D)
-            UNROLL for (int j = 0; j < K; j++) {
-                vf x = load_part(key[j] + d, D - d);
-                UNROLL for (int i = 0; i < N; i++) sums[i][j] += x * load(q + i * q_row + d);
-            }
+        }
         UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < K; j++)
             if (s + j < count) scores[i * STRETCH + s + j] = sum(sums[i][j]);
     }
@@ -170,6 +169,7 @@ INLINE void few_values(const float* p, const float* values, int64_t stride, int6
     UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < V; j++) sums[i][j] = (vf){};
     for (int64_t s = 0; s < count; s++) {
         vf x[V];
+        UNROLL for (int j = 0; j < V; j++) __builtin_prefetch(values + (s + AHEAD) * stride + j * W);
         UNROLL for (int j = 0; j < V; j++) x[j] = V > 1 ? load(values + s * stride + j * W) : load_up_to(values + s * stride, width);
         UNROLL for (int i = 0; i < N; i++) {
             vf weight = splat(p[i * STRETCH + s]);
@@ -194,7 +194,7 @@ static void few_stretch(const AttentionJob& job, const float* q, int64_t q_row, 
         float peak = largest(top);
         vf shift = splat(peak == -INFINITE ? 0.0f : peak);
         for (int64_t s = 0; s < count; s += W) {
-            vf p = exponential(load(row + s) - shift);
+            vf p = exponential2(load(row + s) - shift);
             total += p;
             store(row + s, p);
         }
@@ -234,7 +234,7 @@ static void few_rows_chunk(void* data, int64_t chunk, int thread) {
         few_stretch<1>(job, q + i * q_row, q_row, keys, values, seen + i, scores, partial + i * job.partial_row);
 }
 
-// The stretches of each row merged: out = Σ e^(peak - top) · values / Σ e^(peak - top) · sum.
+// The stretches of each row merged: out = Σ 2^(peak - top) · values / Σ 2^(peak - top) · sum.
 static void few_rows_merge(const AttentionJob& job, int64_t b) {
     int64_t rows = job.T * job.R, D = job.D;
     for (int64_t g = 0; g < job.G; g++)
@@ -253,10 +253,10 @@ static void few_rows_merge(const AttentionJob& job, int64_t b) {
                 for (int64_t d = 0; d < D; d += W) store_up_to(out + d, load(first + 16 + d) * norm, D - d);
                 continue;
             }
-            for (int64_t s = 0; s < stretches; s++) total += exponential(splat(first[s * step] - top)) * first[s * step + 1];
+            for (int64_t s = 0; s < stretches; s++) total += exponential2(splat(first[s * step] - top)) * first[s * step + 1];
             for (int64_t s = 0; s < stretches; s++) {
                 const float* partial = first + s * step;
-                vf share = exponential(splat(partial[0] - top)) / total;
+                vf share = exponential2(splat(partial[0] - top)) / total;
                 for (int64_t d = 0; d < D; d += W)
                     store_up_to(out + d, load_up_to(out + d, D - d) + load(partial + 16 + d) * share, D - d);
             }
@@ -268,7 +268,7 @@ static void attention(const float* q, const float* k, const float* v, const int3
     AttentionJob job = {};
     job.q = q, job.k = k, job.v = v, job.positions = positions, job.out = out;
     job.B = B, job.T = T, job.S = S, job.H = H, job.G = G, job.D = D, job.R = H / G;
-    job.scale = 1.0f / __builtin_sqrtf((float)D);
+    job.scale = LOG2_E / __builtin_sqrtf((float)D);
     int threads = puna_threads();
     int64_t rows = T * job.R;
     if (rows > FEW_ROWS) {

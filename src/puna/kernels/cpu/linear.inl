@@ -64,11 +64,17 @@ static void few_block(const LinearJob& job, int64_t n0, int64_t n1, int64_t m0) 
         vf sums[R][M];
         UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < M; j++) sums[i][j] = (vf){};
         int64_t k = 0;
+        [[maybe_unused]] const int64_t ahead = R * job.in;
 #ifdef BF16_DOT
         if constexpr (uses_dot(TYPE)) {
             for (; k + 32 <= job.in; k += 32) {
                 __m512i weight[R];
-                UNROLL for (int i = 0; i < R; i++) weight[i] = _mm512_loadu_si512(w[i] + k);
+                UNROLL for (int i = 0; i < R; i++) {
+                    weight[i] = _mm512_loadu_si512(w[i] + k);
+#ifdef PF
+                    __builtin_prefetch(w[i] + k + ahead, 0, PF);
+#endif
+                }
                 UNROLL for (int j = 0; j < M; j++) {
                     __m512i row = _mm512_load_si512(x + j * job.packed_row + k * 2);
                     UNROLL for (int i = 0; i < R; i++) dot_pairs(sums[i][j], weight[i], row);
@@ -90,6 +96,7 @@ static void few_block(const LinearJob& job, int64_t n0, int64_t n1, int64_t m0) 
                 UNROLL for (int i = 0; i < R; i++) weight[i] = Words<TYPE>::widen(w[i] + k);
                 UNROLL for (int j = 0; j < M; j++) {
                     vf row = load((const float*)(x + j * job.packed_row) + k);
+                    keep(row);
                     UNROLL for (int i = 0; i < R; i++) sums[i][j] += weight[i] * row;
                 }
             }

@@ -14,7 +14,10 @@ static void swiglu_chunk(void* data, int64_t chunk, int) {
     for (int64_t i = chunk * SWIGLU_CHUNK; i < last; i += W) {
         int64_t n = last - i;
         vf gate = load_up_to(job.gate + i, n), up = load_up_to(job.up + i, n);
-        store_up_to(job.out + i, gate / (splat(1.0f) + exponential(-gate)) * up, n);
+        // Where e^-gate would overflow, 2¹²⁶ does as well: gate / 2¹²⁶ is below float32's precision of 0.
+        vf power = gate * -LOG2_E;
+        power = power > splat(126.0f) ? splat(126.0f) : power;
+        store_up_to(job.out + i, gate / (splat(1.0f) + exponential2(power)) * up, n);
     }
 }
 

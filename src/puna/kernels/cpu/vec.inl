@@ -41,6 +41,16 @@ INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 INLINE vf splat(float x) { return x - (vf){}; }
 INLINE vf load(const float* p) { return *(const vf_any*)p; }
 INLINE void store(float* p, vf x) { *(vf_any*)p = x; }
+
+// Keeps a loaded vector in a register where the compiler would load it again for each use: the loads are the limit.
+INLINE void keep(vf& x) {
+#ifdef __x86_64__
+    asm("" : "+v"(x));
+#else
+    asm("" : "+w"(x));
+#endif
+}
+
 INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
 
@@ -104,7 +114,13 @@ template <>
 struct Words<BF16> {
     typedef uint16_t word;
     INLINE vf widen(const uint16_t* p) {
+#if WIDTH == 16
+        return (vf)((vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
+#elif WIDTH == 8
+        return (vf)((vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+#else
         return (vf)(__builtin_convertvector((vh)*(const vh_any*)p, vu) << 16);
+#endif
     }
 };
 
@@ -143,28 +159,37 @@ INLINE vf widen_up_to(const typename Words<TYPE>::word* p, int64_t n) {
     return n >= W ? Words<TYPE>::widen(p) : widen_part<TYPE>(p, n);
 }
 
-// eˣ, relative error below 2e-7; 0 below -87.3 (-infinity included), e⁸⁸ above 88, NaN for NaN. x = n·ln 2 + r with
-// |r| <= ln 2 / 2, n rounded by adding 1.5·2²³ (which leaves n in the low bits), ln 2 in two parts (Cody & Waite 1980),
-// and Taylor's series to r⁷, whose remainder is 5e-9.
-INLINE vf exponential(vf x) {
-    vi under = x < splat(-87.3f);
-    x = x > splat(88.0f) ? splat(88.0f) : x;
-    x = select(under, splat(-87.3f), x);
-    vf shifted = x * 1.44269504f + splat(12582912.0f);
-    vf n = shifted - splat(12582912.0f);
-    vf r = x - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
-    vf p = splat(1.0f / 5040);
-    p = p * r + splat(1.0f / 720);
-    p = p * r + splat(1.0f / 120);
-    p = p * r + splat(1.0f / 24);
-    p = p * r + splat(1.0f / 6);
-    p = p * r + splat(0.5f);
+// 2ˣ for x <= 127, relative error below 2e-7; 0 below -126 (-infinity included), NaN for NaN. x = n + r with n whole
+// and |r| <= 1/2, and Taylor's series of e^(r ln 2) to the 7th power, whose remainder is 6e-9.
+INLINE vf exponential2(vf x) {
+#if WIDTH == 16
+    // scalef multiplies by 2ⁿ and rounds to 0 by itself; the maximum (x second, for NaN) only tames -infinity.
+    x = (vf)_mm512_max_ps((__m512)splat(-200.0f), (__m512)x);
+    vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    vf r = x - n;
+#else
+    vi under = x < splat(-126.0f);
+    vf tamed = select(under, splat(-126.0f), x);
+    vf shifted = tamed + splat(12582912.0f);  // 1.5·2²³ leaves n in the low bits
+    vf r = tamed - (shifted - splat(12582912.0f));
+#endif
+    vf p = splat(1.52527338e-5f);  // (ln 2)ᵏ / k!, k = 7 to 0
+    p = p * r + splat(1.54035304e-4f);
+    p = p * r + splat(1.33335581e-3f);
+    p = p * r + splat(9.61812911e-3f);
+    p = p * r + splat(5.55041087e-2f);
+    p = p * r + splat(2.40226507e-1f);
+    p = p * r + splat(6.93147181e-1f);
     p = p * r + splat(1.0f);
-    p = p * r + splat(1.0f);
+#if WIDTH == 16
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     vi exponent = (vi)shifted - (vi)splat(12582912.0f) + 127;
     return (vf)((vi)(p * (vf)(exponent << 23)) & ~under);
+#endif
 }
+
+constexpr float LOG2_E = 1.44269504f;
 
 INLINE void transpose4(f4& a, f4& b, f4& c, f4& d) {
     f4 ab_low = SHUFFLE(a, b, 0, 4, 1, 5), ab_high = SHUFFLE(a, b, 2, 6, 3, 7);

@@ -1,0 +1,179 @@
+"""`puna doctor`: what this machine has, and which implementation each operation uses, and why.
+
+What it is: facts, read from the system at this moment.
+What it is not: a repair. Nothing is changed, and torch is not imported unless `--device` asks for a device of its.
+What is surprising: in a container the machine's own figures mislead, so the control group's limits stand beside them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from puna import __version__
+from puna.cli import terminal
+from puna.kernels import ops
+from puna.settings import DoctorSettings, puna_home
+
+PACKAGES = (
+    "numpy", "tokenizers", "tiktoken", "sentencepiece", "huggingface_hub", "jinja2", "rich", "torch",
+)  # fmt: skip
+ISA_FLAGS = (
+    "sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16",
+    "amx_bf16", "amx_int8", "asimd", "asimddp", "bf16", "i8mm", "sve",
+)  # fmt: skip
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def main(settings: DoctorSettings) -> int:
+    """Run the command."""
+    ops.select(settings.kernels)
+    found = report(settings.device)
+    if settings.json:
+        terminal.document(found)
+        return 0
+    terminal.facts(_lines(found))
+    print()
+    terminal.table(("OPERATION", "IMPLEMENTATION", "WHY"), [tuple(row.values()) for row in found["operations"]])
+    return 0
+
+
+def report(device: str) -> dict[str, Any]:
+    """What `--json` prints: plain data, memory and room in bytes. Raises DeviceError for a device that is not there."""
+    return {
+        "puna": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "memory": _memory(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device": _device(device),
+        "folders": {"PUNA_HOME": _folder(puna_home()), "hub cache": _folder(_hub_cache())},
+        "kernels": ops.summary(),
+        "operations": [asdict(choice) for choice in ops.table()],
+    }
+
+
+def cgroup_limit(file: str, membership: str, root: Path = CGROUPS) -> str | None:
+    """The contents of a control group's `file` (such as `cpu.max`), the nearest to this process that is not `max`.
+
+    `membership` is `/proc/self/cgroup`'s text; version 2 of control groups only (its line begins with `0::`).
+    """
+    line = next((line for line in membership.splitlines() if line.startswith("0::")), None)
+    if line is None:
+        return None
+    group = root / line[3:].lstrip("/")
+    while group == root or root in group.parents:
+        text = _read(group / file)
+        if text and not text.startswith("max"):
+            return text.strip()
+        group = group.parent
+    return None
+
+
+def _cpu() -> dict[str, Any]:
+    info = {
+        key.strip(): value.strip()
+        for key, colon, value in (line.partition(":") for line in _read(Path("/proc/cpuinfo")).splitlines())
+        if colon
+    }
+    flags = (info.get("flags") or info.get("Features") or "").split()
+    quota = (cgroup_limit("cpu.max", _read(Path("/proc/self/cgroup"))) or "").split()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "name": info.get("model name") or platform.processor() or platform.machine(),
+        "architecture": ops.machine(),
+        "instruction_sets": [name for name in ISA_FLAGS if name in flags],
+        "cores": os.cpu_count(),
+        "usable_cores": usable,
+        "quota_cores": int(quota[0]) / int(quota[1]) if len(quota) == 2 else None,
+        "threads": ops.threads(),
+    }
+
+
+def _memory() -> dict[str, int | None]:
+    info = {
+        key: int(value.split()[0]) * 1024
+        for key, _, value in (line.partition(":") for line in _read(Path("/proc/meminfo")).splitlines())
+        if value.strip().endswith("kB")
+    }
+    limit = cgroup_limit("memory.max", _read(Path("/proc/self/cgroup")))
+    return {
+        "total_bytes": info.get("MemTotal"),
+        "available_bytes": info.get("MemAvailable"),
+        "limit_bytes": int(limit) if limit else None,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device(device: str) -> dict[str, str]:
+    if device == "cpu":
+        return {"name": "cpu", "description": "the CPU, without torch"}
+    from puna.llm import torch_engine
+
+    return {"name": device, "description": torch_engine(device).describe(device)}
+
+
+def _hub_cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _folder(path: Path) -> dict[str, Any]:
+    """A folder and the room on its disk; a folder that is not there yet has that of the first above it that is."""
+    place = path
+    while not place.exists():
+        place = place.parent
+    return {"path": str(path), "exists": path.exists(), "free_bytes": shutil.disk_usage(place).free}
+
+
+def _read(path: Path) -> str:
+    """A file of the system, empty where this system has none such."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+    cpu, memory = found["cpu"], found["memory"]
+    quota = "" if cpu["quota_cores"] is None else f", {cpu['quota_cores']:g} allowed by the control group"
+    usable = "" if cpu["usable_cores"] == cpu["cores"] else f", {cpu['usable_cores']} usable"
+    lines = [
+        ("puna", f"{found['puna']}, Python {found['python']} ({sys.executable}), {found['platform']}"),
+        ("CPU", f"{cpu['name']} ({cpu['architecture']}): {cpu['cores']} cores{usable}{quota}"),
+        ("instructions", " ".join(cpu["instruction_sets"]) or "not known on this platform"),
+        ("kernels", f"{found['kernels']}, threads: {cpu['threads'] or 'as NumPy has it'}"),
+    ]
+    if memory["total_bytes"] is not None:
+        limit = "" if memory["limit_bytes"] is None else f", {terminal.size(memory['limit_bytes'])} allowed"
+        lines.append(
+            (
+                "memory",
+                f"{terminal.size(memory['total_bytes'])}, {terminal.size(memory['available_bytes'])} available{limit}",
+            )
+        )
+    installed = ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version)
+    missing = ", ".join(name for name, version in found["packages"].items() if not version)
+    lines += [
+        ("packages", installed),
+        ("not installed", missing or "(none)"),
+        ("device", f"{found['device']['name']}: {found['device']['description']}"),
+    ]
+    for name, folder in found["folders"].items():
+        there = "" if folder["exists"] else " (not there yet)"
+        lines.append((name, f"{folder['path']}{there}, {terminal.size(folder['free_bytes'])} free"))
+    return lines

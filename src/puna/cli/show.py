@@ -1,0 +1,145 @@
+"""`puna show`: what a model is, from its files and the catalog, and the memory it needs.
+
+What it is not: a load. The checkpoint is opened and checked, its weights are not read.
+What is surprising: memory is counted for the CPU, where weights stay as stored and the KV cache is float32; the cache
+grows with the conversation, so the figure for the whole context is a limit, not a start.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from puna.catalog import models as catalog
+from puna.cli import terminal
+from puna.models import decoder
+from puna.models.config import DecoderConfig
+from puna.settings import ShowSettings
+from puna.weights.checkpoint import Checkpoint, open_checkpoint
+from puna.weights.find import find_model
+
+if TYPE_CHECKING:
+    from puna.text.tokenizer import Tokenizer
+
+CACHE_NUMBER = 4
+"""Bytes of a number in the CPU's KV cache: float32 (`engine.runner.HostRunner`)."""
+
+SHORT = 8192
+"""Tokens of a long conversation; what most people's memory must hold, whatever the model could."""
+
+
+def main(settings: ShowSettings) -> int:
+    """Run the command."""
+    path = find_model(settings.model)
+    shown = describe(settings.model, open_checkpoint(path), settings.tokenizer)
+    if settings.json:
+        terminal.document(shown)
+    else:
+        terminal.facts(_lines(shown))
+    return 0
+
+
+def describe(name: str, checkpoint: Checkpoint, tokenizer: Path | None = None) -> dict[str, Any]:
+    """What `--json` prints for a checkpoint: plain data, sizes in bytes, lengths in tokens."""
+    config = checkpoint.config
+    words, chat_format = _text(checkpoint, tokenizer or checkpoint.tokenizer)
+    lengths = sorted({min(SHORT, config.context_length), config.context_length})
+    caches = {str(length): kv_cache_bytes(config, length) for length in lengths}
+    return {
+        "name": name,
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "architecture": f"dense Llama decoder ({config.generation})",
+        "generation": config.generation,
+        "parameters": decoder.parameter_count(config),
+        "context_length": config.context_length,
+        "config": asdict(config),
+        "dtypes": dict(Counter(tensor.dtype for tensor in checkpoint.tensors.values())),
+        "chat_format": chat_format,
+        "tokenizer": None
+        if words is None
+        else {"kind": words.kind, "path": str(words.source), "vocabulary": words.vocab_size},
+        "licence": licence(name, checkpoint.folder),
+        "file_bytes": _file_bytes(checkpoint),
+        "memory": {
+            "weights_bytes": checkpoint.nbytes,
+            "kv_cache_bytes": caches,
+            "total_bytes": {length: checkpoint.nbytes + cache for length, cache in caches.items()},
+        },
+        "notes": list(checkpoint.notes),
+    }
+
+
+def kv_cache_bytes(config: DecoderConfig, positions: int) -> int:
+    """Bytes of the CPU's KV cache for one conversation of that many tokens."""
+    cache = decoder.make_cache(config, 1, positions, lambda shape: math.prod(shape) * CACHE_NUMBER)
+    return sum((*cache.keys, *cache.values))
+
+
+def licence(name: str, folder: Path) -> str | None:
+    """The licence's name from the catalog, else the first line of a LICENSE file beside the weights."""
+    if (entry := catalog.find(name)) is not None:
+        return entry.licence_name
+    for path in sorted(p for p in folder.iterdir() if p.name.upper().startswith(("LICENSE", "LICENCE"))):
+        if path.is_file():
+            with path.open("rb") as file:
+                lines = file.read(4096).decode("utf-8", errors="replace").splitlines()
+            first = next((line.strip() for line in lines if line.strip()), "")
+            return f"{first[:100]} ({path.name})" if first else path.name
+    return None
+
+
+def _text(checkpoint: Checkpoint, file: Path | None) -> tuple[Tokenizer | None, str | None]:
+    """The tokenizer, if there is one, and the name of the chat format, if the model has one."""
+    if file is None:
+        return None, None
+    from puna.text.tokenizer import load_tokenizer
+    from puna.weights.load import chat_format_of
+
+    words = load_tokenizer(file, generation=checkpoint.config.generation)
+    found = chat_format_of(checkpoint, words)
+    return words, None if found is None else found.name
+
+
+def _file_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes on disk of the files the weights lie in."""
+    return sum(path.stat().st_size for path in checkpoint.files)
+
+
+def _lines(shown: dict[str, Any]) -> list[tuple[str, str]]:
+    config, tokenizer, memory = shown["config"], shown["tokenizer"], shown["memory"]
+    count = shown["parameters"]
+    lines = [
+        ("model", shown["name"]),
+        ("path", f"{shown['path']} ({shown['format']}, {terminal.size(shown['file_bytes'])})"),
+        ("architecture", shown["architecture"]),
+        ("parameters", f"{count:,} ({terminal.quantity(count)})"),
+        (
+            "sizes",
+            f"{config['layers']} layers, width {config['dim']}, feed-forward {config['hidden_dim']}, {config['heads']} "
+            f"heads of {config['head_dim']}, {config['kv_heads']} key/value heads, vocabulary {config['vocab_size']}",
+        ),
+        ("context", f"{shown['context_length']} tokens"),
+        ("weights", ", ".join(f"{number} × {dtype}" for dtype, number in shown["dtypes"].items())),
+        ("chat format", shown["chat_format"] or "none: it continues text"),
+        (
+            "tokenizer",
+            f"{tokenizer['kind']}, {tokenizer['vocabulary']} tokens, {tokenizer['path']}"
+            if tokenizer
+            else "none beside the weights: name one with --tokenizer",
+        ),
+        ("licence", shown["licence"] or "not known: there is no LICENSE file beside the weights"),
+    ]
+    for length, total in memory["total_bytes"].items():
+        cache = memory["kv_cache_bytes"][length]
+        lines.append(
+            (
+                "memory",
+                f"{terminal.size(total)} with {length} tokens of context ({terminal.size(memory['weights_bytes'])} of "
+                f"weights, {terminal.size(cache)} of KV cache)",
+            )
+        )
+    return lines + [("note", text) for text in shown["notes"]]

@@ -1,0 +1,189 @@
+"""`convert`: one checkpoint into another layout, tensor by tensor, all of it or nothing.
+
+What it is: the walk from any format Puna reads to a folder that others read: the hub's (safetensors, config.json) or
+Meta's (consolidated.00.pth, params.json), with the tokenizer's files copied along.
+What it is not: quantization. Numbers are changed only when a type is asked for.
+What is surprising: everything is written into a hidden folder beside the destination, which takes its name at the very
+end. An interruption or a full disk removes it; a power cut leaves it, and nothing called as the destination.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from puna.errors import PunaError, TokenizerError, UsageError
+from puna.kernels.layouts import Weight
+from puna.models.config import write_hub, write_meta
+from puna.weights import names
+from puna.weights.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, Checkpoint, open_checkpoint
+from puna.weights.files import ITEM_SIZE, LazyTensor, raw, wrap
+from puna.weights.load import converted, notes_on
+from puna.weights.meta import PARAMS_NAME
+from puna.weights.save import sync, write_json, write_safetensors, write_torch
+
+LAYOUTS = ("safetensors", "meta")
+"""What `--to` takes."""
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+_LICENCES = re.compile(r"(?:licen[cs]e|use_policy|notice)[\w.-]*", re.IGNORECASE)
+
+_TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+_SPARE = 1 << 26
+"""Bytes besides the tensors that the disk must have: headers, tokenizer and configs."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion made: the folder, its files, the bytes of its tensors, and what its user should be told."""
+
+    path: Path
+    layout: str
+    files: tuple[str, ...]
+    nbytes: int
+    notes: tuple[str, ...]
+
+
+def convert(
+    src: Path,
+    dest: Path,
+    *,
+    to: str = "safetensors",
+    dtype: str = "auto",
+    tokenizer: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Conversion:
+    """Write the checkpoint at `src` into the new folder `dest`, in the layout `to` (one of LAYOUTS).
+
+    `dtype` auto keeps every tensor's type; `progress(done, total)` gets bytes. Two conversions there and back give the
+    same bits, q and k rows reordered each time.
+    Raises UsageError when `dest` exists with something in it, CheckpointError or ConfigError for a source that is
+    damaged or that the layout cannot express, PunaError when writing fails; then nothing is left at `dest`.
+    """
+    if to not in LAYOUTS:
+        raise UsageError(f"--to {to}: no such layout.", remedy=f"One of: {', '.join(LAYOUTS)}.")
+    if dtype != "auto" and dtype not in ITEM_SIZE:
+        raise UsageError(f"--dtype {dtype}: no such type.", remedy=f"One of: auto, {', '.join(ITEM_SIZE)}.")
+    if dest.is_symlink() or (dest.exists() and (not dest.is_dir() or any(dest.iterdir()))):
+        raise UsageError(f"{dest}: already exists, and is not empty.", remedy="Name a new folder.")
+    checkpoint = open_checkpoint(src)
+    notes = notes_on(checkpoint, dtype)
+    outgoing = [_outgoing(checkpoint, tensor, to, dtype) for tensor in checkpoint.tensors.values()]
+    config = _config(checkpoint, outgoing, to, tokenizer)
+    companions = _companions(checkpoint, to, tokenizer, notes)
+    total = sum(tensor.nbytes for tensor in outgoing)
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    unfinished = dest.parent / f".{dest.name}.unfinished-{secrets.token_hex(4)}"
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        needed, free = total + _SPARE, shutil.disk_usage(dest.parent).free
+        if free < needed:
+            raise PunaError(
+                f"{dest}: the conversion takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there.",
+                remedy="Make room, or name a folder on another disk with -o.",
+            )
+        unfinished.mkdir()
+        if to == "safetensors":
+            files = write_safetensors(unfinished, outgoing, report)
+        else:
+            head, embedding = names.foreign("head", "meta"), names.foreign("embedding", "meta")
+            same = {head: embedding} if checkpoint.config.tied_head else {}
+            write_torch(unfinished / "consolidated.00.pth", outgoing, same, report)
+            files = ["consolidated.00.pth"]
+        for source, name in companions:
+            with source.open("rb") as a, (unfinished / name).open("wb") as b:
+                shutil.copyfileobj(a, b)
+                sync(b)
+        # The config is written last: a folder without one is no model to any program.
+        write_json(unfinished / (CONFIG_NAME if to == "safetensors" else PARAMS_NAME), config)
+        _sync_folder(unfinished)
+        if dest.exists():
+            dest.rmdir()
+        unfinished.rename(dest)
+        _sync_folder(dest.parent)
+    except OSError as error:
+        raise PunaError(
+            f"{dest}: could not be written ({error.strerror or error}).", remedy="Nothing was left there. Try again."
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    every = (*files, *(name for _, name in companions), CONFIG_NAME if to == "safetensors" else PARAMS_NAME)
+    return Conversion(dest, to, every, total, tuple(notes))
+
+
+def _outgoing(checkpoint: Checkpoint, tensor: LazyTensor, to: str, dtype: str) -> LazyTensor:
+    """A tensor as it will be written: under the layout's name, in the type asked for, its rows in that order."""
+    convention: names.Convention = "hub" if to == "safetensors" else "meta"
+
+    def read() -> Weight:
+        tensor.check()
+        weight = converted(checkpoint.path, tensor.name, tensor.read(), dtype)
+        return wrap(names.repair(tensor.name, raw(weight), checkpoint.config, interleaved=convention == "meta"))
+
+    kept = tensor.dtype if dtype == "auto" else dtype
+    return LazyTensor(names.foreign(tensor.name, convention), tensor.shape, kept, read)
+
+
+def _config(checkpoint: Checkpoint, outgoing: list[LazyTensor], to: str, tokenizer: Path | None) -> dict[str, Any]:
+    if to == "meta":
+        return write_meta(checkpoint.config)
+    bos, eos = checkpoint.read_config.bos_id, checkpoint.read_config.eos_ids
+    file = tokenizer or checkpoint.tokenizer
+    if bos is None and not eos and file is not None:
+        from puna.text.tokenizer import load_tokenizer
+
+        words = load_tokenizer(file, generation=checkpoint.config.generation)
+        bos, eos = words.bos_id, tuple(sorted(words.stop_ids))
+    return write_hub(checkpoint.config, dtype=_TORCH_DTYPES[outgoing[0].dtype], bos_id=bos, eos_ids=eos)
+
+
+def _companions(checkpoint: Checkpoint, to: str, tokenizer: Path | None, notes: list[str]) -> list[tuple[Path, str]]:
+    """Files to copy as they are, and their names: tokenizer, stop tokens, licences. What others cannot use is noted."""
+    if tokenizer is not None and not tokenizer.is_file():
+        raise TokenizerError(f"{tokenizer}: no such file.")
+    file = tokenizer or checkpoint.tokenizer
+    found: dict[str, Path] = {}
+    if file is None:
+        notes.append("there was no tokenizer to copy")
+    else:
+        found[file.name] = file
+        beside = ((name, file.parent / name) for name in _TOKENIZER_FILES)
+        if file.name in _TOKENIZER_FILES:
+            found |= {name: path for name, path in beside if path.is_file()}
+        wanted = {"safetensors": "tokenizer.json", "meta": "tokenizer.model"}[to]
+        if wanted not in found:
+            whom = {"safetensors": "transformers", "meta": "Meta's code"}[to]
+            notes.append(f"{file.name} is copied as it is; Puna reads it, and {whom} may want a {wanted}")
+    generation = checkpoint.folder / GENERATION_CONFIG_NAME
+    if generation.is_file():
+        found[GENERATION_CONFIG_NAME] = generation
+    if checkpoint.path.is_dir() or checkpoint.format in ("safetensors", "meta"):
+        found |= {p.name: p for p in checkpoint.folder.iterdir() if _LICENCES.fullmatch(p.name) and p.is_file()}
+    return [(path, name) for name, path in found.items()]
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

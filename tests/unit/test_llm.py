@@ -1,0 +1,105 @@
+"""`LLM` over the embedded model: what streams, what stops it, and what it refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from puna import LLM
+from puna.errors import ChatFormatError, ContextError, DeviceError, UsageError
+from puna.text.chat import Message
+
+PROMPT = "Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM("cria")
+
+
+def test_pieces_join_to_the_answer_and_a_seed_repeats_it(llm: LLM) -> None:
+    stream = llm.stream(PROMPT, seed=5, max_tokens=40)
+    pieces = list(stream)
+    assert len(pieces) > 10
+    assert "".join(pieces) == stream.answer.text
+    assert stream.answer.token_ids == llm.generate(PROMPT, seed=5, max_tokens=40).token_ids
+    assert stream.answer.token_ids != llm.generate(PROMPT, seed=6, max_tokens=40).token_ids
+
+
+def test_the_figures_of_an_answer(llm: LLM) -> None:
+    answer = llm.generate(PROMPT, temperature=0, max_tokens=12)
+    assert (answer.prompt_tokens, answer.completion_tokens) == (len(llm.encode(PROMPT)), 12)
+    assert (answer.finish_reason, answer.model) == ("length", "cria")
+    assert answer.timings.decode_seconds > 0
+    assert answer.text == llm.tokenizer.decode([*llm.encode(PROMPT), *answer.token_ids])[len("<|bos|>" + PROMPT) :]
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(llm: LLM) -> None:
+    whole = llm.generate(PROMPT, temperature=0, max_tokens=60).text
+    stop = whole[30:36]
+    answer = llm.generate(PROMPT, temperature=0, max_tokens=60, stop=(stop,))
+    assert answer.text == whole[: whole.index(stop)]
+    assert answer.finish_reason == "stop"
+
+
+def test_closing_a_stream_keeps_what_was_made(llm: LLM) -> None:
+    stream = llm.stream(PROMPT, temperature=0, max_tokens=60)
+    first = next(stream)
+    stream.close()
+    assert stream.answer.finish_reason == "cancelled"
+    assert stream.answer.text.startswith(first)
+    assert stream.answer.completion_tokens < 5
+
+
+def test_an_older_stream_ends_when_a_newer_begins_and_harms_nothing(llm: LLM) -> None:
+    expected = llm.generate("The dog", temperature=0, max_tokens=20).text
+    old = llm.stream(PROMPT, temperature=0, max_tokens=60)
+    next(old)
+    new = llm.stream("The dog", temperature=0, max_tokens=20)
+    begun = next(new)
+    assert list(old) == []
+    assert old.answer.finish_reason == "cancelled"
+    assert begun + "".join(new) == expected
+
+
+def test_the_answer_is_not_there_before_the_end(llm: LLM) -> None:
+    with pytest.raises(UsageError, match="not finished"):
+        _ = llm.stream(PROMPT, max_tokens=3).answer
+
+
+def test_logits_are_those_the_greedy_answer_came_from(llm: LLM) -> None:
+    ids = llm.encode(PROMPT)
+    made = llm.generate(ids, temperature=0, max_tokens=8).token_ids
+    logits = llm.logits([*ids, *made])
+    assert logits.shape == (len(ids) + 8, llm.config.vocab_size)
+    assert logits.dtype == np.float32
+    assert tuple(logits[len(ids) - 1 : -1].argmax(-1).tolist()) == made
+
+
+def test_a_base_model_has_no_roles(llm: LLM) -> None:
+    assert llm.chat_format is None
+    with pytest.raises(ChatFormatError, match="base model"):
+        llm.encode([Message("user", "Hello")])
+    with pytest.raises(UsageError, match="system message"):
+        llm.encode("Hello", system="Be brief.")
+    with pytest.raises(UsageError, match="raw"):
+        llm.encode([Message("user", "Hello")], raw=True)
+
+
+def test_a_long_prompt_is_an_error_not_a_cut(llm: LLM) -> None:
+    with pytest.raises(ContextError, match=r"exceed the model's context of 512\b.* by \d+ tokens"):
+        llm.generate("once upon a time " * 300)
+
+
+def test_dtypes_and_kernels_agree(llm: LLM) -> None:
+    ids = llm.encode(PROMPT)
+    auto = llm.logits(ids)
+    scale = np.abs(auto).max()
+    for options in ({"dtype": "fp32"}, {"dtype": "fp32", "kernels": "reference"}):
+        assert np.abs(LLM("cria", **options).logits(ids) - auto).max() < 0.02 * scale  # bf16 rounding of activations
+    LLM("cria")  # back to auto
+
+
+def test_a_device_that_is_not_there_is_refused_with_a_remedy() -> None:
+    with pytest.raises(DeviceError, match="--device nonsense"):
+        LLM("cria", device="nonsense")

@@ -1,0 +1,39 @@
+"""Where state lies, by environment and platform."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from puna.settings import puna_home
+
+
+@pytest.mark.parametrize(
+    ("platform", "environment", "expected"),
+    [
+        ("linux", {}, "~/.local/share/puna"),
+        ("linux", {"XDG_DATA_HOME": "/data"}, "/data/puna"),
+        ("linux", {"XDG_DATA_HOME": "relative"}, "~/.local/share/puna"),
+        ("darwin", {"XDG_DATA_HOME": "/data"}, "~/Library/Application Support/puna"),
+        ("win32", {"LOCALAPPDATA": "/local"}, "/local/puna"),
+        ("win32", {}, "~/AppData/Local/puna"),
+        ("linux", {"PUNA_HOME": "/mine", "XDG_DATA_HOME": "/data"}, "/mine"),
+        ("darwin", {"PUNA_HOME": "~/mine"}, "~/mine"),
+        ("linux", {"PUNA_HOME": ""}, "~/.local/share/puna"),
+    ],
+)
+def test_puna_home(monkeypatch: pytest.MonkeyPatch, platform: str, environment: dict[str, str], expected: str) -> None:
+    for name in ("PUNA_HOME", "XDG_DATA_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert puna_home() == Path(expected).expanduser()
+
+
+def test_relative_puna_home_is_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PUNA_HOME", "here")
+    assert puna_home() == tmp_path / "here"
