@@ -59,13 +59,11 @@ def split(ids: np.ndarray) -> list[np.ndarray]:
     return np.split(ids.astype(np.int64), np.flatnonzero(ids == BOS_ID)[1:])
 
 
-def batches(
-    stories: Sequence[np.ndarray], context: int, size: int, order: np.random.Generator
-) -> list[np.ndarray]:
+def batches(stories: Sequence[np.ndarray], context: int, size: int, order: np.random.Generator) -> list[np.ndarray]:
     """Every story once, in batches of ids [B, T + 1] with B · T at most `size`, padded with PADDING.
 
-    A row is a story; the stories of a batch are of one length, or nearly, and otherwise drawn from `order`, as the order
-    of the batches is. A story longer than the context is cut.
+    A row is a story; the stories of a batch are of one length, or nearly, and otherwise drawn from `order`, which also
+    puts the batches in their order. A story longer than the context is cut.
     """
     shuffled = [stories[i][: context + 1] for i in order.permutation(len(stories))]
     shuffled.sort(key=len, reverse=True)
@@ -96,7 +94,7 @@ def endless(
 
 
 def initial(config: DecoderConfig, seed: int) -> dict[str, torch.Tensor]:
-    """Canonical name → parameter: matrices of variance 1 / columns, and zero where they write to the residual stream."""
+    """Canonical name → parameter: matrices of variance 1 / columns, or zero where they write to the residual stream."""
     generator = torch.Generator().manual_seed(seed)
     parameters = {}
     for name, shape in decoder.shapes(config).items():
@@ -141,11 +139,11 @@ def main() -> None:
     """The run. The defaults are those of the recorded one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=WORK, help="folder of prepare.py's files and the checkpoint")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--decay", type=int, default=900, help="last steps, over which the rate falls to zero")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--decay", type=int, default=1200, help="last steps, over which the rate falls to zero")
     parser.add_argument("--warmup", type=int, default=60)
-    parser.add_argument("--size", type=int, default=8192, help="tokens a step")
-    parser.add_argument("--lr", type=float, default=5e-3, help="of both optimizers; Muon's is matched to AdamW's RMS")
+    parser.add_argument("--size", type=int, default=4096, help="tokens a step")
+    parser.add_argument("--lr", type=float, default=4e-3, help="of both optimizers; Muon's is matched to AdamW's RMS")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="of the matrices")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--every", type=int, default=100, help="steps between held-out losses and checkpoints")
@@ -185,6 +183,8 @@ def main() -> None:
     def objective(rows: torch.Tensor) -> torch.Tensor:
         return loss(weights, CONFIG, rows)
 
+    with torch.no_grad():
+        objective(torch.zeros(1, 2, dtype=torch.int64))  # settles the table of ops before it is traced
     compiled = objective if args.no_compile else torch.compile(objective, dynamic=True)
     bf16 = torch.autocast("cpu", torch.bfloat16, enabled=not args.fp32)
     stopping = False
@@ -225,9 +225,9 @@ def main() -> None:
             }  # fmt: skip
             if measure:
                 with torch.no_grad(), bf16:
-                    counts = [int((part[:, 1:] >= 0).sum()) for part in held_out]
-                    parts = [n * objective(torch.from_numpy(part)).item() for n, part in zip(counts, held_out, strict=True)]
-                line["held_out"] = round(sum(parts) / sum(counts), 4)
+                    losses = [objective(torch.from_numpy(part)).item() for part in held_out]
+                counts = [int((part[:, 1:] >= 0).sum()) for part in held_out]
+                line["held_out"] = round(float(np.average(losses, weights=counts)), 4)
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(json.dumps(line), flush=True)

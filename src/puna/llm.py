@@ -9,10 +9,10 @@ one, such as `cria`) continues the text itself. Which of the two happened is `LL
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from puna.engine.engine import Engine
 from puna.engine.runner import HostRunner, Logits, Runner
@@ -46,6 +46,10 @@ class LLM:
     ) -> None:
         from puna.weights.load import load
 
+        if device != "cpu" and kernels != "auto":
+            raise UsageError(
+                f"--kernels {kernels} is about the CPU, and --device is {device}.", remedy="Leave one of them out."
+            )
         ops.select(kernels)
         self.name = str(model)
         self.path = find_model(self.name)
@@ -106,7 +110,7 @@ class LLM:
         if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
             if system is not None:
                 raise UsageError("A system message cannot be added to token ids.")
-            ids = [int(item) for item in prompt]  # type: ignore[call-overload]
+            ids = [int(item) for item in prompt]  # type: ignore[arg-type]
         else:
             ids = self.encode(prompt, system=system, raw=raw)  # type: ignore[arg-type]
         request = self._engine.submit(ids, sampling, self.tokenizer.stop_ids)
@@ -129,8 +133,7 @@ class LLM:
     def logits(self, prompt: str | Sequence[int], *, raw: bool = True) -> Logits:
         """Logits after every token of a text (or of ids): float32 [T, V]. Raises ContextError when it is too long."""
         ids = self.encode(prompt, raw=raw) if isinstance(prompt, str) else list(prompt)
-        # Submitting checks ids and length by the engine's own rules; scoring leaves its cache alone.
-        self._engine.cancel(self._engine.submit(ids, Sampling(max_tokens=None)))
+        self._engine.check_prompt(ids, answer=0)
         return self._runner.all_logits(ids)
 
 
@@ -143,19 +146,32 @@ class Stream:
         self._llm, self._engine, self._request, self._prompt = llm, engine, request, prompt
         self._detokenizer = Detokenizer(llm.tokenizer, prompt)
         self._stops = StopStrings(sampling.stop)
+        self._ids: list[int] = []
+        self._text: list[str] = []
+        self._began = time.perf_counter()
+        self._first: float | None = None
+        self._reused = 0
         self._answer: Answer | None = None
         self.prefilled = 0
-        self._pieces = self._run()
+        """How many of the prompt's tokens are in the cache so far."""
 
     def __iter__(self) -> Iterator[str]:
-        return self._pieces
+        return self
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        while self._answer is None:
+            if self._engine.active != self._request:  # a newer request took the engine
+                self.close()
+            elif piece := self._advance():
+                return piece
+        raise StopIteration
 
     def close(self) -> None:
-        """Stop here: the answer is what was made so far, its finish reason "cancelled"."""
-        self._pieces.close()
+        """Stop here: the answer is what was made so far, finish reason "cancelled". After the end it does nothing."""
+        if self._answer is None:
+            # What was held back (half a character, the start of a stop string) belongs to what was made.
+            self._text.append(self._held_back())
+            self._end("cancelled")
 
     @property
     def answer(self) -> Answer:
@@ -164,60 +180,50 @@ class Stream:
             raise UsageError("The answer is not finished.", remedy="Iterate over the stream to its end, or close() it.")
         return self._answer
 
-    def _run(self) -> Generator[str, None, None]:
-        began = time.perf_counter()
-        first: float | None = None
-        ids: list[int] = []
-        text: list[str] = []
-        finish: FinishReason = "cancelled"
-        reused = 0
-        try:
-            while self._engine.active == self._request:
-                progress = self._engine.step()
-                self.prefilled, reused = progress.prefilled, progress.reused
-                if progress.token is None and progress.finish is None:
-                    continue
-                first = first or time.perf_counter()
-                piece = ""
-                if progress.token is not None:
-                    ids.append(progress.token)
-                    piece = self._stops.push(self._detokenizer.push(progress.token))
-                if progress.finish is not None:
-                    piece += self._stops.push(self._detokenizer.flush()) + self._stops.flush()
-                ended: FinishReason | None = "stop" if self._stops.hit is not None else progress.finish
-                if piece:
-                    text.append(piece)
-                if ended is not None:
-                    finish = ended
-                    self._engine.cancel(self._request)
-                if piece:
-                    yield piece
-                if ended is not None:
-                    return
-        finally:
-            self._engine.cancel(self._request)
-            if finish == "cancelled":
-                # What was held back (half a character, the start of a stop string) belongs to what was made.
-                text.append(self._stops.push(self._detokenizer.flush()) + self._stops.flush())
-            now = time.perf_counter()
-            prefill = (first or now) - began
-            decode = now - (first or now)
-            self._answer = Answer(
-                text="".join(text),
-                token_ids=tuple(ids),
-                prompt_tokens=len(self._prompt),
-                completion_tokens=len(ids),
-                finish_reason=finish,
-                timings=Timings(
-                    prefill,
-                    decode,
-                    (len(self._prompt) - reused) / prefill if prefill > 0 else 0.0,
-                    (len(ids) - 1) / decode if decode > 0 and len(ids) > 1 else 0.0,
-                ),
-                model=self._llm.name,
-                kernels=self._llm.kernels,
-                notes=self._llm.notes,
-            )
+    def _advance(self) -> str:
+        """One step of the engine; the text it makes certain, often none."""
+        progress = self._engine.step()
+        self.prefilled, self._reused = progress.prefilled, progress.reused
+        if progress.token is None and progress.finish is None:
+            return ""
+        self._first = self._first or time.perf_counter()
+        piece = ""
+        if progress.token is not None:
+            self._ids.append(progress.token)
+            piece = self._stops.push(self._detokenizer.push(progress.token))
+        if progress.finish is not None:
+            piece += self._held_back()
+        self._text.append(piece)
+        if self._stops.hit is not None:
+            self._end("stop")
+        elif progress.finish is not None:
+            self._end(progress.finish)
+        return piece
+
+    def _held_back(self) -> str:
+        return self._stops.push(self._detokenizer.flush()) + self._stops.flush()
+
+    def _end(self, reason: FinishReason) -> None:
+        self._engine.cancel(self._request)
+        now = time.perf_counter()
+        prefill, decode = (self._first or now) - self._began, now - (self._first or now)
+        made = len(self._ids)
+        self._answer = Answer(
+            text="".join(self._text),
+            token_ids=tuple(self._ids),
+            prompt_tokens=len(self._prompt),
+            completion_tokens=made,
+            finish_reason=reason,
+            timings=Timings(
+                prefill,
+                decode,
+                (len(self._prompt) - self._reused) / prefill if prefill > 0 else 0.0,
+                (made - 1) / decode if decode > 0 and made > 1 else 0.0,
+            ),
+            model=self._llm.name,
+            kernels=self._llm.kernels,
+            notes=self._llm.notes,
+        )
 
 
 def torch_engine(device: str) -> ModuleType:

@@ -113,7 +113,7 @@ def padded(rows: list[Ints], *, left: bool) -> tuple[Ints, Ints]:
 
 def batched(model: Ours, rows: list[Ints], *, left: bool) -> list[Floats]:
     tokens, positions = padded(rows, left=left)
-    scores = model(tokens, positions, model.cache(len(rows), max(map(len, rows)) + 1))
+    scores = model(tokens, positions, model.cache(len(rows), max(map(len, rows))))
     return [scores[i, positions[i] >= 0] for i in range(len(rows))]
 
 
@@ -250,7 +250,7 @@ def test_both_pairings_of_rope_are_one_model(oracle: Any, kernels: str, case: st
         assert (error < FP32_LIMIT * scale) == permute
 
 
-REAL_ROPES = {
+REAL_ROPES: dict[str, tuple[int, dict[str, Any] | float]] = {
     "llama1": (128, {"rope_type": "default", "rope_theta": llama1.ROPE_THETA}),
     "codellama": (128, {"rope_type": "default", "rope_theta": llama2.CODE_ROPE_THETA}),
     "llama3": (128, {"rope_type": "default", "rope_theta": llama3.ROPE_THETA}),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 
 import pytest
+from import_walk import imported
 
 ALLOWED = ("puna/kernels/torch_ops.py", "puna/kernels/triton/", "puna/engine/torch_runner.py", "puna/train/")
 FAMILY = {"torch", "triton", "torchvision", "torchaudio", "torchao"}
@@ -28,19 +29,11 @@ def faults(path: PurePosixPath, tree: ast.Module) -> list[str]:
     """Where a file that may not imports torch or its kin, by any kind of import."""
     if any(str(path) == place or (place.endswith("/") and str(path).startswith(place)) for place in ALLOWED):
         return []
-    found = []
-    for node in ast.walk(tree):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names = [node.module or ""]
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            names = [str(node.args[0].value)] if called in ("import_module", "__import__") else []
-        found += [f"{path}:{node.lineno} imports {name}" for name in names if name.split(".")[0] in FAMILY]
-        found += [f"{path}:{node.lineno} imports {name}" for name in names if name == "safetensors.torch"]
-    return found
+    return [
+        f"{path}:{line} imports {name}"
+        for line, name in imported(path, tree)
+        if name.split(".")[0] in FAMILY or name.startswith("safetensors.torch")
+    ]
 
 
 def test_torch_stays_where_it_belongs(sources: Mapping[PurePosixPath, ast.Module]) -> None:

@@ -51,6 +51,13 @@ def test_closing_a_stream_keeps_what_was_made(llm: LLM) -> None:
     assert stream.answer.completion_tokens < 5
 
 
+def test_closing_before_the_first_piece(llm: LLM) -> None:
+    stream = llm.stream(PROMPT, max_tokens=60)
+    stream.close()
+    assert (stream.answer.text, stream.answer.finish_reason) == ("", "cancelled")
+    assert list(stream) == []
+
+
 def test_an_older_stream_ends_when_a_newer_begins_and_harms_nothing(llm: LLM) -> None:
     expected = llm.generate("The dog", temperature=0, max_tokens=20).text
     old = llm.stream(PROMPT, temperature=0, max_tokens=60)
@@ -89,6 +96,12 @@ def test_a_base_model_has_no_roles(llm: LLM) -> None:
 def test_a_long_prompt_is_an_error_not_a_cut(llm: LLM) -> None:
     with pytest.raises(ContextError, match=r"exceed the model's context of 512\b.* by \d+ tokens"):
         llm.generate("once upon a time " * 300)
+
+
+def test_a_whole_context_can_be_scored_and_one_more_cannot(llm: LLM) -> None:
+    assert llm.logits([1] * 512).shape[0] == 512
+    with pytest.raises(ContextError, match="by 1 tokens"):
+        llm.logits([1] * 513)
 
 
 def test_dtypes_and_kernels_agree(llm: LLM) -> None:

@@ -364,8 +364,6 @@ class _line_editing:  # noqa: N801 - used as a function is
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # What a person types is nobody else's business.
-            self.path.touch(mode=0o600)
             self.readline.write_history_file(self.path)
         except OSError as error:
             terminal.note(f"note: {self.path} cannot be written ({error.strerror})")

@@ -136,7 +136,7 @@ def _unread() -> int:
 
 
 def _speak_any_language() -> None:
-    """Have a terminal whose encoding lacks a character show its code instead of ending the program."""
+    """Pipes and files get UTF-8, as stdin is read; a terminal that lacks a character shows its code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")

@@ -44,7 +44,7 @@ def main(settings: ModelsSettings) -> int:
                 entry.params_stated,
                 str(entry.context_length),
                 "yes" if entry.runnable else "not yet",
-                entry.licence_name,
+                entry.licence_name.removesuffix(" License Agreement"),
             )
             for entry in catalog.entries()
         ],

@@ -5,7 +5,7 @@ What it is not: prose of its own. What a flag does is said once, in `puna.settin
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field
+from dataclasses import Field
 from typing import Any
 
 from puna.cli import flags, main
@@ -47,7 +47,13 @@ def _row(each: Field[Any]) -> str:
     names = ", ".join(f"`{name}`" for name in (flags.spelling(each), flag.short) if name)
     value = "" if flag.positional else flags.value_name(each)
     shown = f" `{value}`".replace("|", "\\|") if value else ""
-    default = "required" if flag.required else "" if each.default in (None, (), False, MISSING) else f"`{each.default}`"
+    default = (
+        "required"
+        if flag.required
+        else ""
+        if each.default in (None, ()) or each.default is False
+        else f"`{each.default}`"
+    )
     return f"| {names}{shown} | {default} | {flag.help} |"
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 
 from puna.cli import terminal
-from puna.errors import UsageError
+from puna.errors import PunaError, UsageError
 from puna.settings import RemoveSettings
 
 
 def main(settings: RemoveSettings) -> int:
-    """Run the command. Raises UsageError where it may not ask, or the person says no."""
+    """Run the command. Raises UsageError where it may not ask, PunaError where the person says no."""
     from puna.weights.hub import remove
 
     if not settings.yes:
@@ -24,7 +24,7 @@ def main(settings: RemoveSettings) -> int:
             )
         print(f"Remove {settings.name} and its files? [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            raise UsageError(f"{settings.name} was not removed.", remedy="Answer y, or add --yes.")
+            raise PunaError(f"{settings.name} was not removed.", remedy="Answer y, or add --yes.")
     freed = remove(settings.name)
     if settings.json:
         terminal.document({"name": settings.name, "bytes_freed": freed})

@@ -20,6 +20,7 @@ from puna.models.config import DecoderConfig
 from puna.settings import ShowSettings
 from puna.weights.checkpoint import Checkpoint, open_checkpoint
 from puna.weights.find import find_model
+from puna.weights.load import chat_format_of, notes_on
 
 if TYPE_CHECKING:
     from puna.text.tokenizer import Tokenizer
@@ -69,7 +70,7 @@ def describe(name: str, checkpoint: Checkpoint, tokenizer: Path | None = None) -
             "kv_cache_bytes": caches,
             "total_bytes": {length: checkpoint.nbytes + cache for length, cache in caches.items()},
         },
-        "notes": list(checkpoint.notes),
+        "notes": notes_on(checkpoint, "auto"),
     }
 
 
@@ -97,7 +98,6 @@ def _text(checkpoint: Checkpoint, file: Path | None) -> tuple[Tokenizer | None, 
     if file is None:
         return None, None
     from puna.text.tokenizer import load_tokenizer
-    from puna.weights.load import chat_format_of
 
     words = load_tokenizer(file, generation=checkpoint.config.generation)
     found = chat_format_of(checkpoint, words)

@@ -1,8 +1,7 @@
 """What commands show: JSON documents, tables, sizes, notes on stderr, and a sign of life while a person waits.
 
 What it is: the few shapes of output that several commands share.
-What it is not: colourful where nobody sees it. rich is imported only for a terminal; a pipe gets plain aligned columns
-that `grep` and `awk` can read.
+What it is not: colourful where nobody sees it; rich is imported only for a terminal.
 What is surprising: the sign of life appears only after half a second, from a thread, so that a quick model never pays
 for importing rich.
 """
@@ -60,16 +59,7 @@ def note(text: str) -> None:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows under headers: rich's layout at a terminal (it folds long cells), plain aligned columns elsewhere."""
-    if is_terminal(sys.stdout):
-        from rich import box
-        from rich.table import Table
-
-        pretty = Table(*headers, box=box.SIMPLE_HEAD, pad_edge=False)
-        for row in rows:
-            pretty.add_row(*row)
-        console(sys.stdout).print(pretty)
-        return
+    """Print rows under headers in aligned columns that `grep` and `awk` can read; nothing is cut to fit a terminal."""
     widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
     for row in (headers, *rows):
         say("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")

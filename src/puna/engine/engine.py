@@ -52,36 +52,43 @@ class Engine:
     def submit(self, prompt: list[int], sampling: Sampling, stop_ids: frozenset[int] = frozenset()) -> int:
         """Begin a request and return its number; the one before, finished or not, is over.
 
-        Raises ContextError when prompt and max_tokens exceed the model's context, UsageError for an empty prompt or an
-        id outside the vocabulary.
+        Raises what `check_prompt` does; the request under way then goes on.
         """
-        config = self._runner.config
-        if not prompt:
-            raise UsageError("The prompt has no tokens.", remedy="Give some text; a model without BOS needs a start.")
-        if not all(0 <= token < config.vocab_size for token in prompt):
-            worst = max(prompt, key=lambda token: abs(token))
-            raise UsageError(
-                f"Token {worst} is outside the model's vocabulary of {config.vocab_size}.",
-                remedy="The tokenizer does not belong to this model; give the right one with --tokenizer.",
-            )
-        wanted = len(prompt) + (sampling.max_tokens or 1)
-        if wanted > config.context_length:
-            asked = f" and max_tokens {sampling.max_tokens}" if sampling.max_tokens else " and one token of answer"
-            raise ContextError(
-                f"The prompt's {len(prompt)} tokens{asked} exceed the model's context of {config.context_length} "
-                f"by {wanted - config.context_length} tokens.",
-                remedy="Shorten the prompt, or lower --max-tokens. Puna never cuts a context.",
-            )
+        self.check_prompt(prompt, answer=sampling.max_tokens or 1)
         # The last prompt token is always computed: its logits are where the answer starts.
         self._reused = _common_prefix(self._cached, prompt[:-1])
         self._cached = self._cached[: self._reused]
         self._prompt, self._made = list(prompt), []
         self._sampling, self._sampler, self._stop_ids = sampling, Sampler(sampling), stop_ids
         if not self._reused:
-            self._runner.reset(wanted)
+            self._runner.reset(len(prompt) + (sampling.max_tokens or 1))
         self._requests += 1
         self.active = self._requests
         return self.active
+
+    def check_prompt(self, prompt: list[int], *, answer: int) -> None:
+        """Raise what is wrong with a prompt that is to be followed by `answer` tokens.
+
+        ContextError when they exceed the model's context, UsageError for an empty prompt or an id outside the
+        vocabulary.
+        """
+        config = self._runner.config
+        if not prompt:
+            raise UsageError("The prompt has no tokens.", remedy="Give some text; a model without BOS needs a start.")
+        for token in prompt:
+            if not 0 <= token < config.vocab_size:
+                raise UsageError(
+                    f"Token {token} is outside the model's vocabulary of {config.vocab_size}.",
+                    remedy="The tokenizer does not belong to this model; give the right one with --tokenizer.",
+                )
+        over = len(prompt) + answer - config.context_length
+        if over > 0:
+            asked = f" and {answer} of answer" if answer else ""
+            raise ContextError(
+                f"The prompt's {len(prompt)} tokens{asked} exceed the model's context of {config.context_length} "
+                f"by {over} tokens.",
+                remedy="Shorten the prompt, or lower --max-tokens. Puna never cuts a context.",
+            )
 
     def step(self) -> Progress:
         """Do the next piece of work. Raises PunaError when there is none, or when the weights give no numbers."""

@@ -82,7 +82,6 @@ class _Host:
 
 
 _host: _Host | None = None
-_torch: Any = None
 
 
 def select(kernels: str = "auto") -> None:
@@ -126,12 +125,9 @@ def _settled() -> _Host:
 def _serving(x: Array) -> Any:
     if isinstance(x, np.ndarray):
         return _host or _settled()
-    global _torch
-    if _torch is None:
-        from puna.kernels import torch_ops
+    from puna.kernels import torch_ops  # found in sys.modules after the first time
 
-        _torch = torch_ops
-    return _torch
+    return torch_ops
 
 
 def embedding(table: Any, ids: Array) -> Array:

@@ -22,7 +22,7 @@ def embedding(table: Tensor, ids: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight, the mean in float32."""
-    wide = x.float()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # float64 stays what it is
     scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * scaled.to(x.dtype)
 

@@ -45,11 +45,13 @@ class Rope:
         """
         exponent = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
         # NumPy's own float32 power is up to two units in the last place off.
-        power = (self.theta ** exponent.astype(np.float64)).astype(np.float32)
+        power = (float(np.float32(self.theta)) ** exponent.astype(np.float64)).astype(np.float32)
         freq = 1 / power / np.float32(self.linear_factor)
         if (s := self.llama3) is not None:
-            wavelength = np.float32(2 * np.pi) / freq
-            ramp = (s.original_context / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+            # torch divides a number by a tensor as the tensor's reciprocal times the number: two roundings.
+            wavelength = (1 / freq) * np.float32(2 * np.pi)
+            turns = (1 / wavelength) * s.original_context
+            ramp = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
             kept = np.clip(ramp, 0, 1)
             freq = (1 - kept) * freq / s.factor + kept * freq
         return freq.astype(np.float32, copy=False)

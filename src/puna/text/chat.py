@@ -115,7 +115,8 @@ class ChatFormat:
             if _specials(parts) == _specials(tokenizer.split_special(text)):
                 ids.extend(tokenizer.encode(text, allow_special=True))
                 continue
-            # A message spells a special token: what lies between the template's own is tokenized as plain text.
+            # A message spells a special token: what lies between the template's own is tokenized as plain text, apart.
+            # (A tokenizer.json that puts a space before the first part of a text only, puts one before each of these.)
             for part in parts:
                 ids.extend([part] if isinstance(part, int) else tokenizer.encode(part.replace(mark, "")))
         if tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:

@@ -35,7 +35,7 @@ from jinja2.visitor import NodeTransformer
 
 from puna.errors import ChatFormatError
 
-MAX_TEMPLATE_CHARS = 128 << 10
+MAX_TEMPLATE_CHARS = 64 << 10
 """The longest template that is compiled; Llama 4's, the longest of the family, has 9 thousand characters."""
 
 MAX_STEPS = 500_000
@@ -44,7 +44,7 @@ MAX_STEPS = 500_000
 MAX_SECONDS = 2.0
 """Wall time of one rendering; an honest one takes a millisecond."""
 
-_BASE_CHARS = 16 << 20
+_BASE_CHARS = 4 << 20
 _CHARS_PER_INPUT_CHAR = 200  # a template touches each message's text a dozen times, and slices the list of them
 _BASE_OUTPUT = 1 << 20
 _OUTPUT_PER_INPUT_CHAR = 4
@@ -125,7 +125,8 @@ class _Meter:
 
 
 def _length(value: Any) -> int:
-    return len(value) if isinstance(value, str | list | tuple | dict) else len(str(value))
+    """The length of a value as text."""
+    return len(value if isinstance(value, str) else str(value))
 
 
 def _check_replace(meter: _Meter, text: Any, old: Any, new: Any, *_: Any, **__: Any) -> None:
@@ -133,16 +134,28 @@ def _check_replace(meter: _Meter, text: Any, old: Any, new: Any, *_: Any, **__: 
     meter.reserve(len(text) + (text.count(old) if old else len(text) + 1) * _length(new))
 
 
+def _check_items(meter: _Meter, items: Any) -> None:
+    """A text taken as the list of its characters."""
+    if isinstance(items, str) and len(items) > meter.steps:
+        raise _LimitError(f"it takes more than {MAX_STEPS} steps")
+
+
 def _check_join(meter: _Meter, items: Any, separator: Any) -> None:
+    _check_items(meter, items)
     # A generator has no length; its elements are charged one by one, and are fewer than the steps left.
-    count = len(items) if hasattr(items, "__len__") else meter.steps
-    if _length(separator):
-        meter.reserve(count * _length(separator))
+    meter.reserve((len(items) if hasattr(items, "__len__") else meter.steps) * _length(separator))
 
 
-def _check_format(text: str) -> None:
+def _check_split(meter: _Meter, text: str, separator: Any = None, *_: Any) -> None:
+    parts = text.count(separator) if isinstance(separator, str) and separator else len(text) // 2
+    if parts > meter.steps:
+        raise _LimitError(f"it takes more than {MAX_STEPS} steps")
+
+
+def _check_format(meter: _Meter, text: str, values: Iterable[Any]) -> None:
     if re.search(r"%[^%a-zA-Z]*(\d{3}|\*)", text):
         raise _LimitError("it formats with a width of three digits or more")
+    meter.reserve(text.count("%") * sum(map(_length, values)))
 
 
 class _Namespace(Namespace):
@@ -163,13 +176,20 @@ class _Generation(Extension):
 
 
 class _Metered(NodeTransformer):
-    """Wraps every expression that makes a value without passing a hook of the environment, and every loop's items."""
+    """Wraps every expression whose work does not pass a hook of the environment, and every loop's items."""
 
     def _weighed(self, node: nodes.Expr) -> nodes.Node:
         self.generic_visit(node)
         return nodes.Filter(node, "puna_weigh", [], [], None, None, lineno=node.lineno)
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
+        return self._weighed(node)
+
+    # These two make only a truth value, but looking through long texts takes time.
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
+        return self._weighed(node)
+
+    def visit_Test(self, node: nodes.Test) -> nodes.Node:  # noqa: N802
         return self._weighed(node)
 
     def visit_List(self, node: nodes.List) -> nodes.Node:  # noqa: N802
@@ -240,8 +260,11 @@ class _Environment(ImmutableSandboxedEnvironment):
                     raise _LimitError(f"it indents by more than {_MAX_WIDTH}")
                 self.meter.reserve(_length(given[0]) * (_MAX_WIDTH + 1))
             elif name == "format":
-                _check_format(str(given[0]))
-            return self.meter.weigh(function(*args, **kwargs))
+                _check_format(self.meter, str(given[0]), [*given[1:], *kwargs.values()])
+            elif name in ("list", "sort", "unique"):
+                _check_items(self.meter, given[0])
+            result = function(*args, **kwargs)
+            return self._rounds(result) if isinstance(result, Iterator) else self.meter.weigh(result)
 
         return metered
 
@@ -256,7 +279,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             if left.bit_length() * abs(right) > _MAX_INT_BITS:
                 raise _LimitError("it computes with enormous integers")
         elif operator == "%" and isinstance(left, str):
-            _check_format(left)
+            values = right.values() if isinstance(right, dict) else right if isinstance(right, tuple) else (right,)
+            _check_format(self.meter, left, values)
         return self.meter.weigh(super().call_binop(context, operator, left, right))
 
     def is_safe_callable(self, obj: Any) -> bool:
@@ -277,6 +301,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             _check_replace(meter, owner, *args)
         elif isinstance(owner, str) and name == "join" and args:
             _check_join(meter, args[0], owner)
+        elif isinstance(owner, str) and name in ("split", "rsplit", "splitlines"):
+            _check_split(meter, owner, *args, *kwargs.values())
         return meter.weigh(super().call(__context, __obj, *args, **kwargs))
 
     def concat(self, parts: Iterable[str]) -> str:
@@ -361,6 +387,6 @@ class ChatTemplate:
 
     def _error(self, what: str) -> ChatFormatError:
         return ChatFormatError(
-            f"The chat template of {self.origin} cannot be used: {what}.",
+            f"The chat template of {self.origin} cannot be used: {what.rstrip('.')}.",
             remedy="Check the roles and their order, replace the template, or run the model without one (--raw).",
         )

@@ -247,22 +247,22 @@ def _matched(
     notes: list[str] = []
     head, embedding = names.foreign("head", convention), names.foreign("embedding", convention)
     copies: dict[str, str] = {}
-    if embedding in stored:
-        tied = read_config.config.tied_head
+    tied = read_config.config.tied_head
+    if embedding in stored and head in stored and (tied or convention != "hub"):
         whole = (read_config.config.vocab_size, read_config.config.dim)
-        stores_copy = head in stored and stored[head].shape == whole and _is_copy(stored[head], stored[embedding])
-        if tied and head in stored and not stores_copy:
+        if stored[head].shape == whole and _is_copy(stored[head], stored[embedding]):
+            copies[head] = f"{head} (a copy of {embedding})"
+        elif tied:
             raise CheckpointError(
                 f"{path}: the config says that the head is the embedding, and {head} differs from {embedding}.",
                 remedy="Correct tie_word_embeddings (tied_embeddings in params.json), or fetch the model again.",
             )
-        if stores_copy and (tied or convention != "hub"):
-            copies[head] = f"{head} (a copy of {embedding})"
-            tied = True
-        elif head not in stored and not tied and convention != "hub":
-            notes.append(f"there is no {head}: the embedding serves as the head")
-            tied = True
-        read_config = dataclasses.replace(read_config, config=dataclasses.replace(read_config.config, tied_head=tied))
+        tied = head in copies
+    elif head not in stored and not tied and convention != "hub":
+        notes.append(f"there is no {head}: the embedding serves as the head")
+        tied = True
+    config = dataclasses.replace(read_config.config, tied_head=tied)
+    read_config = dataclasses.replace(read_config, config=config)
     shapes = decoder.shapes(read_config.config)
     wanted = {names.foreign(name, convention): name for name in shapes}
     if absent := wanted.keys() - stored.keys():

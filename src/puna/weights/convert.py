@@ -24,7 +24,7 @@ from puna.models.config import write_hub, write_meta
 from puna.weights import names
 from puna.weights.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, Checkpoint, open_checkpoint
 from puna.weights.files import ITEM_SIZE, LazyTensor, raw, wrap
-from puna.weights.load import converted, notes_on
+from puna.weights.load import converted, named_for_chat, notes_on
 from puna.weights.meta import PARAMS_NAME
 from puna.weights.save import sync, write_json, write_safetensors, write_torch
 
@@ -35,6 +35,8 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+
+_TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json")
 
 _LICENCES = re.compile(r"(?:licen[cs]e|use_policy|notice)[\w.-]*", re.IGNORECASE)
 
@@ -82,6 +84,10 @@ def convert(
     outgoing = [_outgoing(checkpoint, tensor, to, dtype) for tensor in checkpoint.tensors.values()]
     config = _config(checkpoint, outgoing, to, tokenizer)
     companions = _companions(checkpoint, to, tokenizer, notes)
+    brings_template = any(name in _TEMPLATE_FILES for _, name in companions)
+    was_chat = checkpoint.format == "meta" and named_for_chat(checkpoint.folder)
+    if was_chat and not brings_template and not (to == "meta" and named_for_chat(dest)):
+        notes.append("the folder's name made it a chat model; the copy has no chat_template and counts as a base model")
     total = sum(tensor.nbytes for tensor in outgoing)
     done = 0
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,9 @@ class MappedFile:
                 f"{self.path}: a tensor of {count * stored.itemsize} bytes at offset {offset} reaches past the end.",
                 remedy="The file is cut short or damaged: fetch it again.",
             )
-        if offset % stored.itemsize:
+        if not count:
+            array = np.zeros(shape, stored)
+        elif offset % stored.itemsize:
             start = self.bytes[offset : offset + count * stored.itemsize]
             array = np.frombuffer(start, stored, count).reshape(shape)
         else:
@@ -142,7 +145,8 @@ def read_json(path: Path) -> Mapping[str, Any]:
     """The JSON object in a file, under `parse_json`'s rules. Raises CheckpointError."""
     try:
         with path.open("rb") as file:
-            text = file.read(LARGEST_JSON + 1)
+            size = os.fstat(file.fileno()).st_size
+            text = file.read(min(size, LARGEST_JSON) + 1)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
     return parse_json(text, str(path))

@@ -201,7 +201,13 @@ def pull(
         begun_record = books.with_commit(earlier, begun)
         job.make_room()
         books.write_record(begun_record)
-        pulled = job.run(earlier)
+        try:
+            pulled = job.run(earlier)
+        except BaseException:
+            if earlier is None and not job.has_bytes():
+                # Refused at the door: there is nothing to continue, to list or to remove.
+                books.delete_record(hub_id)
+            raise
         if asked != commit:
             _write_ref(job.repository, asked, commit)
         books.write_record(
@@ -328,6 +334,10 @@ class _Job:
                 remedy="Make room (`puna list` shows what was pulled, `puna rm NAME` removes it), "
                 "or set HF_HUB_CACHE to a folder on a larger disk.",
             )
+
+    def has_bytes(self) -> bool:
+        """Whether any of the repository's bytes are in the cache."""
+        return any(path.stat().st_size > 0 for path in self.repository.glob("blobs/*"))
 
     def run(self, earlier: books.Record | None) -> tuple[books.PulledFile, ...]:
         """Fetch and check every file; the files in the order of their paths."""

@@ -75,13 +75,19 @@ def chat_format_of(checkpoint: Checkpoint, tokenizer: Tokenizer) -> ChatFormat |
     from puna.text.chat import chat_format
 
     config = checkpoint.config
-    says_so = re.search(r"instruct|chat", checkpoint.folder.resolve().name, re.IGNORECASE) is not None
-    instruct = checkpoint.format == "meta" and says_so and config.generation != "llama1"
+    instruct = checkpoint.format == "meta" and named_for_chat(checkpoint.folder) and config.generation != "llama1"
     if tokenizer.chat_template is None and not instruct:
         return None
     # Code Llama's 70B was trained on another format than the smaller ones, and only its size tells.
     is_code_70b = config.generation == "codellama" and config.layers == 80
     return chat_format(tokenizer, "codellama70b" if is_code_70b else config.generation, instruct=instruct)
+
+
+def named_for_chat(folder: Path) -> bool:
+    """Whether Meta's folder is called as a chat model's is; the hub keeps it as `original` in the model's folder."""
+    folder = folder.resolve()
+    parts = folder.parts[-4:] if folder.name == "original" else (folder.name,)
+    return any(re.search(r"instruct|chat", part, re.IGNORECASE) for part in parts)
 
 
 def load_weights(checkpoint: Checkpoint, dtype: str = "auto") -> tuple[DecoderWeights, tuple[str, ...]]:

@@ -94,7 +94,11 @@ def _vocabulary(folder: Path, params: Mapping[str, Any], parts: Mapping[str, lis
     if not pieces or len(pieces[0].shape) != 2:
         return None
     rows, columns = pieces[0].shape
-    return rows if columns * len(pieces) == Fields(params, str(folder)).integer("dim") else rows * len(pieces)
+    return (
+        rows
+        if columns * len(pieces) == Fields(params, str(folder / PARAMS_NAME)).integer("dim")
+        else rows * len(pieces)
+    )
 
 
 def joined(folder: Path, name: str, pieces: list[LazyTensor], shape: tuple[int, ...]) -> LazyTensor:

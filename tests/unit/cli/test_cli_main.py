@@ -126,3 +126,21 @@ def test_help_and_version_import_nothing_heavy(program: Program) -> None:
         loaded = program("-c", code, *words).stdout.decode().splitlines()[-1].split()
         heavy = {"numpy", "rich", "torch", "tokenizers", "huggingface_hub", "jinja2", "sentencepiece", "asyncio"}
         assert heavy.isdisjoint(loaded), words
+
+
+def test_an_answer_imports_nothing_it_does_not_need(program: Program, reference: Path) -> None:
+    code = "import sys; from puna.cli.main import main; main(sys.argv[1:]); print(); print(*sorted(sys.modules))"
+    folder = reference / "checkpoints" / "stories260K"
+    words = [
+        "run",
+        str(folder / "stories260K.bin"),
+        "x",
+        "--tokenizer",
+        str(folder / "tok512.bin"),
+        "--max-tokens",
+        "1",
+    ]
+    loaded = program("-c", code, *words).stdout.decode().splitlines()[-1].split()
+    assert "numpy" in loaded
+    heavy = {"rich", "torch", "tokenizers", "huggingface_hub", "jinja2", "sentencepiece", "tiktoken", "asyncio"}
+    assert heavy.isdisjoint(loaded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 from collections.abc import Callable
@@ -52,6 +53,20 @@ def test_what_the_loader_gets(puna: Puna, monkeypatch: pytest.MonkeyPatch) -> No
     puna("run", "cria", "x", *["--dtype", "fp32", "--device", "cuda", "--kernels", "scalar", "--tokenizer", "t.bin"])
     options = {"dtype": "fp32", "device": "cuda", "kernels": "scalar", "tokenizer": Path("t.bin")}
     assert given == [("cria", options)]
+
+
+def test_kernels_of_the_cpu_are_refused_elsewhere(puna: Puna) -> None:
+    said = puna("run", "cria", "x", "--device", "cuda", "--kernels", "scalar")
+    assert (said.code, said.out) == (2, "")
+    assert said.err.startswith("puna: --kernels scalar is about the CPU")
+
+
+def test_pipes_speak_utf8_whatever_the_locale(
+    program: Callable[..., subprocess.CompletedProcess[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = program(scripted.__file__, json.dumps({"pieces": ["Grüß 🦙"]}), "run", "cria", "x")
+    assert done.stdout.decode() == "Grüß 🦙"
 
 
 def test_json_is_one_document(puna: Puna, model: Puna) -> None:
@@ -124,16 +139,26 @@ def test_names_that_are_no_models(puna: Puna, words: list[str]) -> None:
     assert len(said.err.splitlines()) >= 2
 
 
-def test_a_prompt_from_a_pipe(program: Callable[..., subprocess.CompletedProcess[bytes]]) -> None:
-    echo = [scripted.__file__, json.dumps({"pieces": ["ok"]}), "run", "cria", "--json"]
-    for more in ([], ["-"]):
-        done = program(*echo, *more, stdin="Zwölf\r\n".encode())
-        assert json.loads(done.stdout)["prompt_tokens"] == 6  # ö is two bytes, and the line end is not part of it
-    done = program(*echo, stdin=b"")
-    assert done.returncode == 2
-    assert b"stdin is empty" in done.stderr
-    done = program(*echo, stdin=b"abc\xff")
-    assert "byte 3 is 0xff" in json.loads(done.stdout)["error"]["message"]
+def test_a_prompt_from_a_pipe(puna: Puna, model: Puna, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = model(ScriptedLLM())
+
+    def piped(data: bytes, *words: str) -> Any:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+        return puna("run", "cria", *words)
+
+    assert piped("Zwölf\n\r\n".encode()).code == 0
+    assert piped(b"- one", "-").code == 0
+    assert piped(b"not read", "given").code == 0
+    assert [prompt for prompt, _ in llm.asked] == ["Zwölf\n", "- one", "given"]  # only the last line end is dropped
+    empty = piped(b"\n", "--json")
+    assert empty.code == 2
+    assert "stdin is empty" in empty.json()["error"]["message"]
+    assert "byte 3 is 0xff" in piped(b"abc\xff").err
+
+
+def test_a_prompt_through_a_real_pipe(program: Callable[..., subprocess.CompletedProcess[bytes]]) -> None:
+    done = program(scripted.__file__, json.dumps({"pieces": ["ok"]}), "run", "--json", stdin=b"Hello\n")
+    assert json.loads(done.stdout)["prompt_tokens"] == 5
 
 
 def test_at_a_terminal_a_continued_text_is_whole(scripted_program: Puna) -> None:

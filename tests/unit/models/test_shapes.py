@@ -62,7 +62,5 @@ def test_a_tied_head_and_biases_are_counted_once_each() -> None:
     config = DecoderConfig("llama3.2", 10, 6, 1, 2, 1, 4, 5, 1e-5, Rope(4, 1e4), 16, tied_head=True)
     embedding, attention, mlp, norms = 10 * 6, 6 * (8 + 4 + 4) + 8 * 6, 3 * 5 * 6, 3 * 6
     assert decoder.parameter_count(config) == embedding + attention + mlp + norms
-    biased = DecoderConfig(
-        "llama3.2", 10, 6, 1, 2, 1, 4, 5, 1e-5, Rope(4, 1e4), 16, attention_bias=True, mlp_bias=True
-    )
+    biased = DecoderConfig("llama3.2", 10, 6, 1, 2, 1, 4, 5, 1e-5, Rope(4, 1e4), 16, attention_bias=True, mlp_bias=True)
     assert decoder.parameter_count(biased) == 2 * embedding + attention + mlp + norms + (8 + 4 + 4 + 6) + (5 + 5 + 6)

@@ -98,6 +98,17 @@ BOMBS = {
     "map of lists": "{{ range(99999) | map('string') | map('replace', '', 'x' * 100000) | list }}",
     "lipsum": "{{ lipsum(n=1000000) }}",
     "cycling slices": "{% set x = 'x' * 1000000 %}{% for i in range(99999) %}{% set y = x[1:] %}{% endfor %}",
+    "formatting": "{% set x = 'x' * 1000000 %}{{ '%(a)s' * 100000 % {'a': x} }}",
+    "formatting by the filter": "{% set x = 'x' * 1000000 %}{{ ('%(a)s' * 100000) | format(a=x) }}",
+    "splitting": "{{ ('x ' * 2000000).split() | length }}",
+    "splitting lines": "{{ ('\n' * 4000000).splitlines() | length }}",
+    "characters": "{{ ('é' * 4000000) | list | length }}",
+    "characters of a generator": "{{ ('é' * 4000000) | select | list | length }}",
+    "characters joined": "{{ ('é' * 4000000) | join('') }}",
+    "comparisons": "{% set x = 'x' * 1000000 %}{% set y = 'x' * 1000000 %}"
+    + "{% if x == y %}{% endif %}" * 200
+    + "{{ [0] * 10 ** 9 }}",
+    "searches": "{% set x = 'x' * 100000 ~ 'y' %}{% for i in range(99999) %}{% for j in range(99999) %}{% if 'xxxxxxxxy' in text ~ x %}{% endif %}{% endfor %}{% endfor %}",
     "deep nesting": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "deep lists": "{{ "
     + "[" * 300

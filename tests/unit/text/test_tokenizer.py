@@ -350,6 +350,60 @@ def test_user_defined_pieces_of_sentencepiece_are_special(tmp_path: Path) -> Non
     )
 
 
+def test_tags_that_a_tokenizer_json_does_not_call_special_are(byte_level_folder: Path) -> None:
+    """R1's distills of Llama add `<｜User｜>` as an ordinary token, which the library would find in any text."""
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Engine
+
+    path = byte_level_folder / "tokenizer.json"
+    engine = Engine.from_file(str(path))
+    engine.add_tokens([AddedToken("<｜User｜>", normalized=False), AddedToken("llama", normalized=False)])
+    engine.save(str(path))
+    tokenizer = load_tokenizer(byte_level_folder)
+    tag, word = engine.token_to_id("<｜User｜>"), engine.token_to_id("llama")
+    assert tokenizer.special["<｜User｜>"] == tag
+    assert tag not in tokenizer.encode("x<｜User｜>llama")
+    assert word in tokenizer.encode("x<｜User｜>llama")  # an added word stays a word
+    assert tokenizer.encode("<｜User｜>llama", allow_special=True) == [tag, word]
+    assert tokenizer.decode(tokenizer.encode("x<｜User｜>llama")) == "x<｜User｜>llama"
+
+
+def test_text_that_a_tokenizer_json_has_no_tokens_for_is_refused(byte_level_folder: Path) -> None:
+    """Without an unknown token the library leaves such characters out; with a wrong one it raises."""
+    path = byte_level_folder / "tokenizer.json"
+    file = json.loads(path.read_text())
+    del file["model"]["vocab"]["z"]
+    path.write_text(json.dumps(file))
+    tokenizer = load_tokenizer(byte_level_folder)
+    assert tokenizer.decode(tokenizer.encode("hey")) == "hey"
+    with pytest.raises(TokenizerError, match="no token for the bytes b'z'"):
+        tokenizer.encode("hazy")
+    file["model"]["unk_token"] = "<nowhere>"
+    path.write_text(json.dumps(file))
+    with pytest.raises(TokenizerError, match="cannot encode this text"):
+        load_tokenizer(byte_level_folder).encode("hazy")
+
+
+def test_sentencepiece_knows_its_own_begin_and_end(tmp_path: Path) -> None:
+    from sentencepiece import SentencePieceTrainer
+
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["the llama sleeps"] * 20),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=280,
+        model_type="bpe",
+        byte_fallback=True,
+        bos_piece="[BOS]",
+        eos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=3,
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (tokenizer.special["[BOS]"], None)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": null}')
+    assert load_tokenizer(tmp_path).bos_id is None
+
+
 # --- files beside the tokenizer --------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -57,7 +58,8 @@ class FakeHub:
     """The server and its faults.
 
     `cut[path] = [n, …]`: the next transfers of that file end after n bytes. `statuses[path] = [500, …]`: the next
-    answers for that file (or for "api") are these. `wrong[path]`: these bytes are sent for that file instead.
+    answers for that file (or for "api", or for "HEAD path") are these. `pace[path]`: seconds of rest after each 256 KB
+    of that file. `wrong[path]`: these bytes are sent for that file instead.
     `whole`: files for which `Range` is ignored. `meta`: files of Meta's download server, by path; any other is 403.
     """
 
@@ -66,6 +68,7 @@ class FakeHub:
         self.meta: dict[str, bytes] = {}
         self.cut: dict[str, list[int]] = {}
         self.statuses: dict[str, list[int]] = {}
+        self.pace: dict[str, float] = {}
         self.wrong: dict[str, bytes] = {}
         self.whole: set[str] = set()
         self.tree: list[dict[str, Any]] | None = None
@@ -192,6 +195,9 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.server_hub
         if self._refused(name):
             return
+        if self.command == "HEAD" and hub.statuses.get(f"HEAD {path}"):
+            self._send(hub.statuses[f"HEAD {path}"].pop(0), b"", {})
+            return
         repository = hub.repositories[name]
         commit = repository.commit if revision in repository.branches else revision
         files = repository.commits.get(commit, {})
@@ -224,12 +230,13 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             code, body = 206, content[first:]
             headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-        self._send(code, body, headers, end=hub.cut[path].pop(0) if hub.cut.get(path) else None)
+        end = hub.cut[path].pop(0) if hub.cut.get(path) else None
+        self._send(code, body, headers, end=end, pace=hub.pace.get(path, 0.0))
 
     def _json(self, value: Any) -> None:
         self._send(200, json.dumps(value).encode() if not isinstance(value, bytes) else value, {})
 
-    def _send(self, code: int, body: bytes, headers: dict[str, str], end: int | None = None) -> None:
+    def _send(self, code: int, body: bytes, headers: dict[str, str], end: int | None = None, pace: float = 0.0) -> None:
         self.send_response(code)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -237,7 +244,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        self.wfile.write(body[:end])
+        body = body[:end]
+        step = 256 << 10 if pace else len(body)
+        for at in range(0, len(body), step or 1):
+            self.wfile.write(body[at : at + step])
+            time.sleep(pace)
         if end is not None:
             self.wfile.flush()
             if self.server_hub.slow is not None:

@@ -268,6 +268,18 @@ def test_interrupt_stops_the_threads_and_keeps_the_part(hub: FakeHub) -> None:
     assert pull(NAME).bytes_fetched < len(WEIGHTS)
 
 
+def test_one_file_that_fails_stops_the_others(hub: FakeHub) -> None:
+    first, second = SHARDS
+    hub.repositories[NAME] = Repository({"config.json": CONFIG, "model.safetensors.index.json": INDEX, **SHARDS})
+    hub.statuses[first] = [404]
+    hub.pace[second] = 0.05  # half a second for the whole file
+    with pytest.raises(HubError, match="answers 404"):
+        pull(NAME)
+    part = blob_part(hub, second, SHARDS[second])
+    assert not part.exists() or part.stat().st_size < len(SHARDS[second])
+    assert not part.with_suffix("").exists()
+
+
 def test_server_that_ignores_ranges(hub: FakeHub) -> None:
     hub.whole.add("model.safetensors")
     hub.cut["model.safetensors"] = [1_500_000]
@@ -343,6 +355,19 @@ def test_file_damaged_on_disk_is_named_and_removed(hub: FakeHub, path: str) -> N
     assert (folder / path).read_bytes() == content
 
 
+def test_damaged_blob_in_a_store_that_repositories_share(hub: FakeHub, tmp_path: Path) -> None:
+    """huggingface_hub may link a blob to a store outside the repository: the link goes, the store is not ours."""
+    blob = (pull(NAME).folder / "model.safetensors").resolve()
+    store = tmp_path / "store"
+    store.write_bytes(WEIGHTS[:-1] + b"!")
+    blob.unlink()
+    blob.symlink_to(store)
+    with pytest.raises(HubError, match="is damaged"):
+        pull(NAME)
+    assert store.exists()
+    assert (pull(NAME).folder / "model.safetensors").read_bytes() == WEIGHTS
+
+
 def test_token_goes_to_the_hub_and_not_to_its_cdn(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     hub.repositories[NAME].gated = True
@@ -360,6 +385,7 @@ def test_gated_without_token(hub: FakeHub) -> None:
     assert "hf auth login" in remedy
     assert "HF_TOKEN" in remedy
     assert caught.value.exit_code == 2
+    assert read_record(GATED) is None  # nothing came, so there is nothing to list
 
 
 def test_gated_with_a_token_that_was_not_granted_access(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,6 +433,13 @@ def test_listing_refused(hub: FakeHub, status: int, message: str) -> None:
 def test_file_refused(hub: FakeHub, status: int, times: int, message: str) -> None:
     hub.statuses["model.safetensors"] = [status] * times
     with pytest.raises(HubError, match=message):
+        pull(NAME)
+
+
+def test_metadata_refused(hub: FakeHub) -> None:
+    """What huggingface_hub reports as "not in the cache" is told by its cause."""
+    hub.statuses["HEAD config.json"] = [403]
+    with pytest.raises(HubError, match=r"The hub forbids access to herd/tiny"):
         pull(NAME)
 
 
@@ -463,6 +496,12 @@ def test_answer_that_is_not_a_hubs(hub: FakeHub, info: object) -> None:
 def test_hostile_listing(hub: FakeHub, item: dict[str, object]) -> None:
     hub.tree = [item]
     with pytest.raises(HubError, match="does not answer as a hub does"):
+        pull(NAME)
+
+
+def test_listing_without_end(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "_MAX_FILES", 5)
+    with pytest.raises(HubError, match="lists more than 5 files"):
         pull(NAME)
 
 

@@ -45,7 +45,9 @@ def random_state(
     return state
 
 
-def split(state: dict[str, torch.Tensor], shards: int, embedding_by: str, kv_heads: int = 8) -> list[dict[str, torch.Tensor]]:
+def split(
+    state: dict[str, torch.Tensor], shards: int, embedding_by: str, kv_heads: int = 8
+) -> list[dict[str, torch.Tensor]]:
     """What each rank of Meta's model parallelism holds; `embedding_by` is "dim" (Llama 1, 2) or "vocab" (Llama 3)."""
     ranks: list[dict[str, torch.Tensor]] = [{} for _ in range(shards)]
     for name, tensor in state.items():

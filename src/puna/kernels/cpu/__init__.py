@@ -23,9 +23,6 @@ from puna.kernels.layouts import BF16, Weight
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 
-_NAMES = ("avx512", "avx2", "neon", "scalar")
-_using = ("", "")
-
 
 def isas() -> list[str]:
     """The instruction sets this build has and this machine runs, fastest first."""
@@ -37,13 +34,11 @@ def use(isa: str | None = None) -> tuple[str, str]:
 
     Raises DeviceError where the build does not have it or the machine cannot run it.
     """
-    global _using
     tables = _cpu.tables()
     for index, (name, runs, reason) in enumerate(tables):
         if runs and isa in (None, name):
             _cpu.use(index)
-            _using = (name, reason)
-            return _using
+            return name, reason
     built = any(name == isa for name, _, _ in tables)
     why = "this machine's processor does not have it" if built else "this build of Puna does not have it"
     raise DeviceError(f"--kernels {isa}: {why}.", remedy=f"One of: auto, reference, {', '.join(isas())}.")
@@ -56,8 +51,7 @@ def set_threads(count: int) -> None:
 
 def threads() -> int:
     """How many threads the ops use: what was set, else what affinity and control group allow."""
-    count: int = _cpu.threads()
-    return count
+    return _cpu.threads()
 
 
 def _words(weight: Weight) -> tuple[npt.NDArray[Any], bool]:

@@ -3,7 +3,7 @@
 // The H / G query heads that share a key/value head, times the T tokens, are the *rows* of one (sequence, group). Rows
 // of one token are neighbours. Two ways, by their number:
 // - few (decode): the lanes run along D. Keys are cut into stretches of fixed length, each a task, so that one stream
-//   with a long context keeps all threads busy; the stretches' results are merged at the end.
+//   with a long context keeps all threads busy; the stretches' results are merged at the end. The memory is the limit.
 // - many (prefill): the rows lie in the lanes (see tile.inl): maxima, sums and exponentials need no shuffles. Keys
 //   beyond a tile's last position are not touched.
 // The cuts depend on the length of the context only, so a sequence's bits do not depend on its neighbours in the batch.
@@ -18,6 +18,7 @@ struct AttentionJob {
     int64_t thread_bytes;
     int64_t tiles;         // many: tiles of rows
     int64_t stretches;     // few: stretches of keys
+    int64_t parts;         // few: parts of the groups, each a task
     float* partial;        // few: [B, G, stretches, rows, 2 + padded D]: maximum, sum, weighted values
     int64_t partial_row;
 };
@@ -134,104 +135,151 @@ static void many_rows_chunk(void* data, int64_t chunk, int thread) {
 // ---- few rows ----
 
 constexpr int64_t FEW_ROWS = 8;
-constexpr int64_t STRETCH = 512;  // keys a task
-constexpr int64_t AHEAD = 16;     // keys ahead that are prefetched: one head's keys lie too far apart for the hardware
+constexpr int64_t STRETCH = 512;                // keys a task
+constexpr int64_t SCORES_ROW = STRETCH + 16;    // not a power of two, or all rows would meet in one set of the cache
+constexpr int64_t PARTIAL_HEAD = 16;            // maximum and sum, before the weighted values
+constexpr int few_rows_beside(int64_t rows) { return REGISTERS == 32 && rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
+constexpr int keys_beside(int n) { return REGISTERS == 32 || n == 1 ? 4 : 2; }
 
-// scores[i][s] = q[i] · key s, for N rows and keys [0, count).
-template <int N>
-INLINE void few_scores(const float* q, int64_t q_row, const float* keys, int64_t stride, int64_t D, int64_t count,
-                       float* scores) {
-    constexpr int K = REGISTERS == 32 || N == 1 ? 4 : 2;  // keys side by side
-    for (int64_t s = 0; s < count; s += K) {
-        const float* key[K];
-        UNROLL for (int j = 0; j < K; j++) key[j] = keys + smaller(s + j, count - 1) * stride;
-        vf sums[N][K];
-        UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < K; j++) sums[i][j] = (vf){};
-        for (int64_t d = 0; d < D; d += W) {
-            vf row[N];
-            UNROLL for (int i = 0; i < N; i++) keep(row[i] = load(q + i * q_row + d));
-            UNROLL for (int j = 0; j < K; j++) {
-                __builtin_prefetch(key[j] + d + AHEAD * stride);
-                vf x = load_up_to(key[j] + d, D - d);
-                UNROLL for (int i = 0; i < N; i++) sums[i][j] += x * row[i];
-            }
+// scores[i][j] = q[i] · key[j] for N rows, of which `count` keys are there.
+template <int N, int K>
+INLINE void few_scores(const float* q, int64_t q_row, const float* const* key, int64_t D, int64_t count, float* scores) {
+    vf sums[N][K];
+    UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < K; j++) sums[i][j] = (vf){};
+    for (int64_t d = 0; d < D; d += W) {
+        vf row[N];
+        UNROLL for (int i = 0; i < N; i++) keep(row[i] = load(q + i * q_row + d));
+        UNROLL for (int j = 0; j < K; j++) {
+            vf x = load_up_to(key[j] + d, D - d);
+            UNROLL for (int i = 0; i < N; i++) sums[i][j] += x * row[i];
         }
-        UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < K; j++)
-            if (s + j < count) scores[i * STRETCH + s + j] = sum(sums[i][j]);
     }
+    UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < K; j++)
+        if (j < count) scores[i * SCORES_ROW + j] = sum(sums[i][j]);
 }
 
-// out[i][d] = Σ_s p[i][s] · value s[d], for N rows, V vectors of d starting at `values`.
-template <int N, int V>
-INLINE void few_values(const float* p, const float* values, int64_t stride, int64_t width, int64_t count, float* out,
-                       int64_t out_row) {
-    vf sums[N][V];
-    UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < V; j++) sums[i][j] = (vf){};
-    for (int64_t s = 0; s < count; s++) {
-        vf x[V];
-        UNROLL for (int j = 0; j < V; j++) __builtin_prefetch(values + (s + AHEAD) * stride + j * W);
-        UNROLL for (int j = 0; j < V; j++) x[j] = V > 1 ? load(values + s * stride + j * W) : load_up_to(values + s * stride, width);
+// out[i] += Σ_j p[i][j] · value[j] for N rows; p is 0 where value j is not there.
+template <int N, int K>
+INLINE void few_values(const float* p, const float* const* value, int64_t D, float* out, int64_t out_row) {
+    vf weight[N][K];
+    UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < K; j++) weight[i][j] = splat(p[i * SCORES_ROW + j]);
+    for (int64_t d = 0; d < D; d += W) {
+        vf x[K];
+        UNROLL for (int j = 0; j < K; j++) x[j] = load_up_to(value[j] + d, D - d);
         UNROLL for (int i = 0; i < N; i++) {
-            vf weight = splat(p[i * STRETCH + s]);
-            UNROLL for (int j = 0; j < V; j++) sums[i][j] += weight * x[j];
+            vf sums = load(out + i * out_row + d);
+            UNROLL for (int j = 0; j < K; j++) sums += weight[i][j] * x[j];
+            store(out + i * out_row + d, sums);
         }
     }
-    UNROLL for (int i = 0; i < N; i++) UNROLL for (int j = 0; j < V; j++) store(out + i * out_row + j * W, sums[i][j]);
 }
 
-// N rows of q (scaled, padded) against one stretch of keys; partial[i] = maximum, sum, weighted values.
+struct Stretch {
+    int64_t rows, count;  // rows of a group; keys that any of them sees
+    int64_t g0, g1;       // groups
+    const float *keys, *values;  // of group 0
+    float *q, *scores, *partial;  // of group g0; partial of the next group lies partial_group further
+    int64_t q_row, partial_group;
+};
+
+// `count` floats at p: into L2. Without this, tasks that jump from head to head reach a third of the bandwidth.
+INLINE void fetch(const float* p, int64_t count) {
+    for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(p + i, 0, 2);
+}
+
+constexpr int64_t AHEAD = 32;  // keys
+
+// Keys outside, groups inside: so keys and values are read in the order in which they lie in memory.
 template <int N>
-static void few_stretch(const AttentionJob& job, const float* q, int64_t q_row, const float* keys, const float* values,
-                        const int64_t* seen, float* scores, float* partial) {
-    int64_t D = job.D, stride = job.G * D, count = 0;
-    for (int i = 0; i < N; i++) count = larger(count, seen[i]);
-    few_scores<N>(q, q_row, keys, stride, D, count, scores);
-    for (int i = 0; i < N; i++) {
-        float* row = scores + i * STRETCH;
-        for (int64_t s = larger(seen[i], 0); s < round_up(count, W); s++) row[s] = -INFINITE;
-        vf top = splat(-INFINITE), total = {};
-        for (int64_t s = 0; s < count; s += W) top = maximum(load(row + s), top);
-        float peak = largest(top);
-        vf shift = splat(peak == -INFINITE ? 0.0f : peak);
-        for (int64_t s = 0; s < count; s += W) {
-            vf p = exponential2(load(row + s) - shift);
-            total += p;
-            store(row + s, p);
+static void few_all_scores(const AttentionJob& job, const Stretch& a) {
+    constexpr int K = keys_beside(N);
+    int64_t stride = job.G * job.D;
+    for (int64_t s = 0; s < a.count; s += K)
+        for (int64_t g = a.g0; g < a.g1; g++) {
+            const float* key[K];
+            UNROLL for (int j = 0; j < K; j++) key[j] = a.keys + smaller(s + j, a.count - 1) * stride + g * job.D;
+            fetch(a.keys + (s + AHEAD) * stride + g * K * job.D, K * job.D);
+            int64_t row = (g - a.g0) * a.rows, i = 0;
+            for (; i + N <= a.rows; i += N)
+                few_scores<N, K>(a.q + (row + i) * a.q_row, a.q_row, key, job.D, a.count - s,
+                                 a.scores + (row + i) * SCORES_ROW + s);
+            for (; i < a.rows; i++)
+                few_scores<1, K>(a.q + (row + i) * a.q_row, a.q_row, key, job.D, a.count - s,
+                                 a.scores + (row + i) * SCORES_ROW + s);
         }
-        partial[i * job.partial_row] = peak;
-        partial[i * job.partial_row + 1] = sum(total);
-    }
-    int64_t d = 0;
-    float* out = partial + 16;
-    for (; d + 4 * W <= D; d += 4 * W) few_values<N, 4>(scores, values + d, stride, 4 * W, count, out + d, job.partial_row);
-    for (; d < D; d += W) few_values<N, 1>(scores, values + d, stride, D - d, count, out + d, job.partial_row);
+}
+
+template <int N>
+static void few_all_values(const AttentionJob& job, const Stretch& a) {
+    constexpr int K = keys_beside(N);
+    int64_t stride = job.G * job.D;
+    for (int64_t s = 0; s < a.count; s += K)
+        for (int64_t g = a.g0; g < a.g1; g++) {
+            const float* value[K];
+            UNROLL for (int j = 0; j < K; j++) value[j] = a.values + smaller(s + j, a.count - 1) * stride + g * job.D;
+            fetch(a.values + (s + AHEAD) * stride + g * K * job.D, K * job.D);
+            const float* p = a.scores + (g - a.g0) * a.rows * SCORES_ROW + s;
+            float* out = a.partial + (g - a.g0) * a.partial_group + PARTIAL_HEAD;
+            int64_t i = 0;
+            for (; i + N <= a.rows; i += N)
+                few_values<N, K>(p + i * SCORES_ROW, value, job.D, out + i * job.partial_row, job.partial_row);
+            for (; i < a.rows; i++)
+                few_values<1, K>(p + i * SCORES_ROW, value, job.D, out + i * job.partial_row, job.partial_row);
+        }
 }
 
 static void few_rows_chunk(void* data, int64_t chunk, int thread) {
     const AttentionJob& job = *(const AttentionJob*)data;
-    int64_t stretch = chunk % job.stretches, g = chunk / job.stretches % job.G, b = chunk / job.stretches / job.G;
-    int64_t rows = job.T * job.R, s0 = stretch * STRETCH, D = job.D, q_row = round_up(D, W), most = 0;
-    int64_t seen[FEW_ROWS];
-    for (int64_t i = 0; i < rows; i++) {
+    int64_t part = chunk % job.parts, stretch = chunk / job.parts % job.stretches, b = chunk / job.parts / job.stretches;
+    int64_t s0 = stretch * STRETCH, D = job.D, seen[FEW_ROWS];
+    Stretch a;
+    a.rows = job.T * job.R;
+    a.count = 0;
+    for (int64_t i = 0; i < a.rows; i++) {
         seen[i] = smaller(keys_seen(job, b, i) - s0, STRETCH);
-        most = larger(most, seen[i]);
+        a.count = larger(a.count, seen[i]);
     }
-    if (most <= 0) return;
-    float* q = (float*)(job.thread_scratch + thread * job.thread_bytes);
-    float* scores = q + FEW_ROWS * q_row;
-    for (int64_t i = 0; i < rows; i++) {
-        const float* from = job.q + row_at(job, b, g, i);
-        for (int64_t d = 0; d < D; d += W) store(q + i * q_row + d, load_up_to(from + d, D - d) * job.scale);
-    }
-    const float* keys = job.k + ((b * job.S + s0) * job.G + g) * D;
-    const float* values = job.v + ((b * job.S + s0) * job.G + g) * D;
-    float* partial = job.partial + ((b * job.G + g) * job.stretches + stretch) * rows * job.partial_row;
-    constexpr int MOST = REGISTERS == 32 ? 4 : 2;
-    int64_t i = 0;
-    for (; i + MOST <= rows; i += MOST)
-        few_stretch<MOST>(job, q + i * q_row, q_row, keys, values, seen + i, scores, partial + i * job.partial_row);
-    for (; i < rows; i++)
-        few_stretch<1>(job, q + i * q_row, q_row, keys, values, seen + i, scores, partial + i * job.partial_row);
+    if (a.count == 0) return;
+    a.g0 = job.G * part / job.parts;
+    a.g1 = job.G * (part + 1) / job.parts;
+    a.keys = job.k + (b * job.S + s0) * job.G * D;
+    a.values = job.v + (b * job.S + s0) * job.G * D;
+    a.q_row = round_up(D, W);
+    a.q = (float*)(job.thread_scratch + thread * job.thread_bytes);
+    a.scores = a.q + (a.g1 - a.g0) * a.rows * a.q_row;
+    a.partial_group = job.stretches * a.rows * job.partial_row;
+    a.partial = job.partial + ((b * job.G + a.g0) * job.stretches + stretch) * a.rows * job.partial_row;
+    for (int64_t g = a.g0; g < a.g1; g++)
+        for (int64_t i = 0; i < a.rows; i++) {
+            const float* from = job.q + row_at(job, b, g, i);
+            float* to = a.q + ((g - a.g0) * a.rows + i) * a.q_row;
+            for (int64_t d = 0; d < D; d += W) store(to + d, load_up_to(from + d, D - d) * job.scale);
+        }
+    int beside = few_rows_beside(a.rows);
+    if (beside == 4) few_all_scores<few_rows_beside(4)>(job, a);
+    else if (beside == 2) few_all_scores<2>(job, a);
+    else few_all_scores<1>(job, a);
+    for (int64_t g = a.g0; g < a.g1; g++)
+        for (int64_t i = 0; i < a.rows; i++) {
+            float* row = a.scores + ((g - a.g0) * a.rows + i) * SCORES_ROW;
+            float* partial = a.partial + (g - a.g0) * a.partial_group + i * job.partial_row;
+            for (int64_t s = larger(seen[i], 0); s < round_up(a.count, W); s++) row[s] = -INFINITE;
+            vf top = splat(-INFINITE), total = {};
+            for (int64_t s = 0; s < a.count; s += W) top = maximum(load(row + s), top);
+            float peak = largest(top);
+            vf shift = splat(peak == -INFINITE ? 0.0f : peak);
+            for (int64_t s = 0; s < a.count; s += W) {
+                vf p = exponential2(load(row + s) - shift);
+                total += p;
+                store(row + s, p);
+            }
+            partial[0] = peak;
+            partial[1] = sum(total);
+            for (int64_t d = 0; d < D; d += W) store(partial + PARTIAL_HEAD + d, (vf){});
+        }
+    if (beside == 4) few_all_values<few_rows_beside(4)>(job, a);
+    else if (beside == 2) few_all_values<2>(job, a);
+    else few_all_values<1>(job, a);
 }
 
 // The stretches of each row merged: out = Σ 2^(peak - top) · values / Σ 2^(peak - top) · sum.
@@ -250,7 +298,7 @@ static void few_rows_merge(const AttentionJob& job, int64_t b) {
             if (stretches == 0) continue;
             if (stretches == 1) {
                 vf norm = splat(1.0f) / splat(first[1]);
-                for (int64_t d = 0; d < D; d += W) store_up_to(out + d, load(first + 16 + d) * norm, D - d);
+                for (int64_t d = 0; d < D; d += W) store_up_to(out + d, load(first + PARTIAL_HEAD + d) * norm, D - d);
                 continue;
             }
             for (int64_t s = 0; s < stretches; s++) total += exponential2(splat(first[s * step] - top)) * first[s * step + 1];
@@ -258,7 +306,7 @@ static void few_rows_merge(const AttentionJob& job, int64_t b) {
                 const float* partial = first + s * step;
                 vf share = exponential2(splat(partial[0] - top)) / total;
                 for (int64_t d = 0; d < D; d += W)
-                    store_up_to(out + d, load_up_to(out + d, D - d) + load(partial + 16 + d) * share, D - d);
+                    store_up_to(out + d, load_up_to(out + d, D - d) + load(partial + PARTIAL_HEAD + d) * share, D - d);
             }
         }
 }
@@ -286,12 +334,14 @@ static void attention(const float* q, const float* k, const float* v, const int3
         work += longest;
     }
     job.stretches = larger(1, ceil_div(most, STRETCH));
-    job.partial_row = 16 + round_up(D, W);
-    job.thread_bytes = round_up(FEW_ROWS * (round_up(D, W) + STRETCH) * 4, 64);
+    // Groups are kept together (see few_all_scores) unless there would be too few tasks.
+    job.parts = smaller(G, ceil_div(4 * threads, B * job.stretches));
+    job.partial_row = PARTIAL_HEAD + round_up(D, W);
+    job.thread_bytes = round_up(ceil_div(G, job.parts) * rows * (round_up(D, W) + SCORES_ROW) * 4, 64);
     int64_t all = round_up(B * G * job.stretches * rows * job.partial_row * 4, 64);
     job.partial = (float*)puna_scratch((size_t)(all + threads * job.thread_bytes));
     job.thread_scratch = (char*)job.partial + all;
-    int64_t chunks = B * G * job.stretches;
+    int64_t chunks = B * job.stretches * job.parts;
     if (work * H * D <= 32 << 10)
         for (int64_t chunk = 0; chunk < chunks; chunk++) few_rows_chunk(&job, chunk, 0);
     else puna_parallel(chunks, threads, few_rows_chunk, &job);

@@ -1,0 +1,157 @@
+"""The torch form of every op: forward against the NumPy definition, backward against finite differences in float64.
+
+What is surprising: in bfloat16 and float16 the tolerance is a few units of that type's last place, because torch
+computes in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from puna.kernels import reference as ref
+from puna.kernels.layouts import BF16
+
+torch = pytest.importorskip("torch", reason="needs the extra `torch`")
+
+from puna.kernels import torch_ops as ops  # noqa: E402  (it imports torch)
+
+TYPES = ("float64", "float32", "bfloat16", "float16")
+TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 2e-2, "float16": 2.5e-3}
+
+
+@pytest.fixture(params=TYPES)
+def dtype(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def normal(seed: int, dtype: str, *shape: int) -> tuple[Any, Any]:
+    """A random tensor of a type, and the same numbers as a float64 array."""
+    values = np.random.default_rng(seed).standard_normal(shape)
+    tensor = torch.as_tensor(values).to(getattr(torch, dtype))
+    return tensor, tensor.double().numpy()
+
+
+def assert_close(got: Any, want: Any, dtype: str) -> None:
+    """Same type, same shape, and the largest difference small beside the largest number."""
+    assert got.dtype == getattr(torch, dtype)
+    assert tuple(got.shape) == want.shape
+    difference = np.max(np.abs(got.double().numpy() - want))
+    assert difference <= TOLERANCE[dtype] * max(1.0, float(np.max(np.abs(want))))
+
+
+def as_weight(tensor: Any) -> Any:
+    """What the reference takes for the same weight: NumPy has no bfloat16."""
+    if tensor.dtype == torch.bfloat16:
+        return BF16(tensor.view(torch.int16).numpy().view(np.uint16))
+    return tensor.numpy()
+
+
+def test_embedding(dtype: str) -> None:
+    table, _ = normal(1, dtype, 7, 5)
+    ids = np.array([[0, 6], [3, 3]], np.int32)
+    got = ops.embedding(table, torch.as_tensor(ids))
+    assert got.dtype == table.dtype
+    assert np.array_equal(got.float().numpy(), ref.embedding(as_weight(table), ids))
+
+
+def test_rms_norm(dtype: str) -> None:
+    (x, x64), (w, w64) = normal(1, dtype, 2, 3, 10), normal(2, dtype, 10)
+    mean = np.mean(np.square(x64), axis=-1, keepdims=True)
+    want = x64 / np.sqrt(mean + 1e-2) * w64
+    assert_close(ops.rms_norm(x, w, 1e-2), want, dtype)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear(dtype: str, bias: bool) -> None:
+    (x, x64), (w, w64), (b, b64) = normal(1, dtype, 2, 3, 10), normal(2, dtype, 4, 10), normal(3, dtype, 4)
+    want = x64 @ w64.T + (b64 if bias else 0)
+    assert_close(ops.linear(x, w, b if bias else None), want, dtype)
+
+
+def test_rope_table() -> None:
+    positions = np.array([[0, 1, 100_000]], np.int32)
+    inv_freq = (500000.0 ** -np.linspace(0, 1, 8)).astype(np.float32)
+    for got, want in zip(
+        ops.rope_table(torch.as_tensor(positions), torch.as_tensor(inv_freq)),
+        ref.rope_table(positions, inv_freq),
+        strict=True,
+    ):
+        assert got.dtype == torch.float32
+        assert np.allclose(got.numpy(), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope(dtype: str, interleaved: bool) -> None:
+    x, x64 = normal(1, dtype, 2, 3, 4, 10)
+    cos, sin = ref.rope_table(np.arange(6, dtype=np.int32).reshape(2, 3), np.ones(5, np.float32))
+    got = ops.rope(x, torch.as_tensor(cos), torch.as_tensor(sin), interleaved)
+    assert_close(got, ref.rope(x64, cos.astype(np.float64), sin.astype(np.float64), interleaved), dtype)
+
+
+def test_write_kv(dtype: str) -> None:
+    (k, k64), (v, v64) = normal(1, dtype, 2, 3, 2, 5), normal(2, dtype, 2, 3, 2, 5)
+    positions = np.array([[0, 5, -1], [-1, 3, 4]], np.int32)
+    cache_k, cache_v = torch.zeros(2, 6, 2, 5, dtype=k.dtype), torch.ones(2, 6, 2, 5, dtype=k.dtype)
+    want_k, want_v = cache_k.double().numpy(), cache_v.double().numpy()
+    ref.write_kv(want_k, want_v, k64, v64, positions)
+    ops.write_kv(cache_k, cache_v, k, v, torch.as_tensor(positions))
+    assert np.array_equal(cache_k.double().numpy(), want_k)
+    assert np.array_equal(cache_v.double().numpy(), want_v)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention(dtype: str, padded: bool) -> None:
+    S = 9 if padded else 5
+    (q, q64), (k, k64), (v, v64) = (normal(i, dtype, 2, n, h, 6) for i, n, h in ((1, 5, 6), (2, S, 2), (3, S, 2)))
+    positions = np.array([[-1, -1, 0, 1, 2], [4, 5, 6, 7, 8]], np.int32) if padded else None
+    got = ops.attention(q, k, v, None if positions is None else torch.as_tensor(positions))
+    assert_close(got, ref.attention(q64, k64, v64, positions), dtype)
+    if padded:
+        assert not got[0, :2].any()
+
+
+def test_swiglu(dtype: str) -> None:
+    (gate, gate64), (up, up64) = normal(1, dtype, 3, 10), normal(2, dtype, 3, 10)
+    assert_close(ops.swiglu(gate, up), ref.swiglu(gate64, up64), dtype)
+
+
+def test_argmax(dtype: str) -> None:
+    logits, logits64 = normal(1, dtype, 3, 10)
+    got = ops.argmax(logits)
+    assert got.dtype == torch.int32
+    assert np.array_equal(got.numpy(), ref.argmax(logits64))
+
+
+def leaf(seed: int, *shape: int) -> Any:
+    return normal(seed, "float64", *shape)[0].requires_grad_()
+
+
+def test_gradients() -> None:
+    """torch.autograd.gradcheck compares each with central differences; inputs are float64."""
+    ids = torch.tensor([[0, 2, 2]])
+    cos, sin = (
+        torch.as_tensor(a).double() for a in ref.rope_table(np.arange(3, dtype=np.int32), np.ones(2, np.float32))
+    )
+    positions = torch.tensor([[-1, 0, 1]])
+    cases: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+        "embedding": (lambda table: ops.embedding(table, ids), (leaf(1, 3, 4),)),
+        "rms_norm": (lambda x, w: ops.rms_norm(x, w, 1e-5), (leaf(1, 2, 4), leaf(2, 4))),
+        "linear": (ops.linear, (leaf(1, 2, 4), leaf(2, 3, 4), leaf(3, 3))),
+        "rope halves": (lambda x: ops.rope(x, cos, sin, False), (leaf(1, 3, 2, 4),)),
+        "rope neighbours": (lambda x: ops.rope(x, cos, sin, True), (leaf(1, 3, 2, 4),)),
+        "attention": (
+            lambda q, k, v: ops.attention(q, k, v, None),
+            (leaf(1, 1, 3, 4, 2), leaf(2, 1, 3, 2, 2), leaf(3, 1, 3, 2, 2)),
+        ),
+        "attention with padding": (
+            lambda q, k, v: ops.attention(q, k, v, positions),
+            (leaf(1, 1, 3, 4, 2), leaf(2, 1, 3, 2, 2), leaf(3, 1, 3, 2, 2)),
+        ),
+        "swiglu": (ops.swiglu, (leaf(1, 2, 3), leaf(2, 2, 3))),
+    }
+    for name, (op, inputs) in cases.items():
+        assert torch.autograd.gradcheck(op, inputs, atol=1e-7), name
