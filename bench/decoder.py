@@ -51,11 +51,10 @@ def make(folder: Path) -> None:
 
 def puna_works(folder: Path, threads: int) -> dict[str, Callable[[], float]]:
     """Ours: the host runner, over weights mapped from the file."""
-    from puna.weights.checkpoint import open_checkpoint
-
     from puna.engine.runner import HostRunner
     from puna.kernels import cpu, ops
     from puna.models import decoder
+    from puna.weights.checkpoint import open_checkpoint
 
     ops.select("auto")
     cpu.set_threads(threads)

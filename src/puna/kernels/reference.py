@@ -35,7 +35,8 @@ def embedding(table: Weight, ids: Ints) -> Floats:
 
 def rms_norm(x: Floats, weight: Weight, eps: float) -> Floats:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension: [*, dim] → [*, dim] (Zhang & Sennrich 2019)."""
-    return x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + x.dtype.type(eps)) * _as(weight, x)
+    scaled: Floats = x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + x.dtype.type(eps))
+    return scaled * _as(weight, x)
 
 
 def linear(x: Floats, weight: Weight, bias: Weight | None = None) -> Floats:
@@ -94,15 +95,18 @@ def attention(q: Floats, k: Floats, v: Floats, positions: Ints | None) -> Floats
     weights = np.exp(scores - np.where(np.isfinite(peak), peak, 0))
     total = np.sum(weights, axis=-1, keepdims=True)
     weights = weights / np.where(total == 0, 1, total)
-    return np.einsum("btgrs,bsgd->btgrd", weights, v).reshape(B, T, H, D).astype(q.dtype, copy=False)
+    out: Floats = np.einsum("btgrs,bsgd->btgrd", weights, v).reshape(B, T, H, D)
+    return out.astype(q.dtype, copy=False)
 
 
 def swiglu(gate: Floats, up: Floats) -> Floats:
     """silu(gate) · up, with silu(x) = x / (1 + e⁻ˣ): [*, hidden] twice → [*, hidden] (Shazeer 2020)."""
     with np.errstate(over="ignore"):
-        return gate / (1 + np.exp(-gate)) * up
+        gated: Floats = gate / (1 + np.exp(-gate)) * up
+    return gated
 
 
 def argmax(logits: Floats) -> Ints:
     """The id of the largest logit (the first of equals): [*, V] → int32 [*]."""
-    return np.argmax(logits, axis=-1).astype(np.int32)
+    ids: Ints = np.argmax(logits, axis=-1).astype(np.int32)
+    return ids

@@ -9,7 +9,7 @@ What is surprising: a tied head is not a second leaf: `head` is None and the emb
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
 Leaf = Any
@@ -88,5 +88,5 @@ def tree_map(function: Callable[[Leaf], Leaf], node: Node) -> Node:
         return cast("Node", tuple(tree_map(function, child) for child in node))
     if is_dataclass(node):
         parts = {part.name: tree_map(function, getattr(node, part.name)) for part in fields(node)}
-        return cast("Node", type(node)(**parts))  # type: ignore[arg-type]
+        return cast("Node", replace(cast("Any", node), **parts))
     return cast("Node", function(node))

@@ -248,7 +248,8 @@ def _matched(
     head, embedding = names.foreign("head", convention), names.foreign("embedding", convention)
     copies: dict[str, str] = {}
     tied = read_config.config.tied_head
-    if embedding in stored and head in stored and (tied or convention != "hub"):
+    # Joining the shards of a large head only to compare it would cost seconds: without a place it counts as its own.
+    if embedding in stored and head in stored and (tied or (convention != "hub" and stored[head].at is not None)):
         whole = (read_config.config.vocab_size, read_config.config.dim)
         if stored[head].shape == whole and _is_copy(stored[head], stored[embedding]):
             copies[head] = f"{head} (a copy of {embedding})"

@@ -88,7 +88,7 @@ def _part(random_: random.Random) -> str:
     if kind == 6:
         return random_.choice(COMBINING)
     if kind == 7:
-        return "".join(random_.choices("+-*/=(){}[];:,.!?'\"#@$%^&|\\~`_", k=random_.randrange(1, 6)))
+        return "".join(random_.choices("+-*/=(){}[];:,.!?'\"#@$%^&|\\~`_/\n\n\r", k=random_.randrange(1, 9)))
     if kind == 8:
         return random_.choice("aA0 \n=é汉") * random_.randrange(1, 60)
     return random_.choice(["", " "]) + random_.choice(WORDS)

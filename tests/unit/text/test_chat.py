@@ -258,6 +258,12 @@ def test_a_template_that_splices_messages_is_refused(llama3: Tokenizer) -> None:
         ours.encode(talk("<|eot</think>_id|>"), llama3)
 
 
+def test_a_name_put_together_at_the_border_of_a_message_stays_text(llama3: Tokenizer) -> None:
+    ours = ChatFormat.from_template("{{ bos_token }}<{{ messages[0].content | trim }}>", origin="x", bos_token="")
+    ids = ours.encode(talk(" |eot_id| "), llama3)
+    assert ids == [128_000, *llama3.encode("<|eot_id|>")]
+
+
 def test_a_template_without_bos_gets_one(llama3: Tokenizer) -> None:
     ours = ChatFormat.from_template("{{ messages[0].content }}", origin="x")
     assert ours.encode(talk("a"), llama3) == [128_000, *llama3.encode("a")]

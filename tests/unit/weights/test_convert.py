@@ -24,7 +24,6 @@ from puna.weights import save
 from puna.weights.checkpoint import Checkpoint, open_checkpoint
 from puna.weights.convert import convert
 from puna.weights.load import load_weights
-from puna.weights.names import to_halves, to_neighbours
 
 SCALED = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -122,13 +121,6 @@ def test_biases_keep_their_rows_order_and_metas_layout_refuses_them(tmp_path: Pa
     with pytest.raises(ConfigError, match="no biases"):
         convert(tmp_path / "hub", tmp_path / "meta", to="meta")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "hub"]
-
-
-def test_the_two_orders_of_rows() -> None:
-    rows = np.arange(2 * 6).reshape(12, 1)
-    assert to_halves(rows, 2)[:, 0].tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
-    assert np.array_equal(to_neighbours(to_halves(rows, 2), 2), rows)
-    assert np.array_equal(to_neighbours(to_halves(rows[:, 0], 2), 2), rows[:, 0])
 
 
 def test_a_type_may_be_asked_for(meta_folder: Path, tmp_path: Path) -> None:
