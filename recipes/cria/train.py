@@ -123,9 +123,9 @@ def loss(weights: DecoderWeights, config: DecoderConfig, rows: torch.Tensor) -> 
     return F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten(), ignore_index=PADDING)
 
 
-def rate(step: int, peak: float, warmup: int, steps: int, decay: int) -> float:
-    """The learning rate of a step (from 0): up over `warmup`, constant, down to zero over the last `decay` steps."""
-    return peak * min(1.0, (step + 1) / warmup, (steps - step) / decay)
+def rate(step: int, warmup: int, steps: int, decay: int) -> float:
+    """A step's share of the peak rate (from step 0): up over `warmup`, one, down to zero over the last `decay` steps."""
+    return min(1.0, (step + 1) / warmup, (steps - step) / decay)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -143,7 +143,8 @@ def main() -> None:
     parser.add_argument("--decay", type=int, default=1200, help="last steps, over which the rate falls to zero")
     parser.add_argument("--warmup", type=int, default=60)
     parser.add_argument("--size", type=int, default=4096, help="tokens a step")
-    parser.add_argument("--lr", type=float, default=4e-3, help="of both optimizers; Muon's is matched to AdamW's RMS")
+    parser.add_argument("--lr", type=float, default=4e-3, help="of the matrices, by Muon, its step as large as AdamW's")
+    parser.add_argument("--embedding-lr", type=float, default=4e-3, help="of the embedding and the norms, by AdamW")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="of the matrices")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--every", type=int, default=100, help="steps between held-out losses and checkpoints")
@@ -160,7 +161,7 @@ def main() -> None:
     others = [p for name, p in parameters.items() if p.ndim == 1 or name == "embedding"]
     optimizers: tuple[torch.optim.Optimizer, ...] = (
         torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+        torch.optim.AdamW(others, lr=args.embedding_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     )
     weights = tree(CONFIG, parameters)
     step = tokens = 0
@@ -200,9 +201,9 @@ def main() -> None:
         if step >= args.steps or stopping:
             break
         rows = torch.from_numpy(batch)
-        lr = rate(step, args.lr, args.warmup, args.steps, args.decay)
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = lr
+        share = rate(step, args.warmup, args.steps, args.decay)
+        for optimizer, peak in zip(optimizers, (args.lr, args.embedding_lr), strict=True):
+            optimizer.param_groups[0]["lr"] = share * peak
         with bf16:
             value = compiled(rows)
         value.backward()
@@ -220,7 +221,7 @@ def main() -> None:
         if step % 10 == 0 or measure:
             now = time.perf_counter()
             line: dict[str, Any] = {
-                "step": step, "epoch": epoch, "tokens": tokens, "loss": round(running, 4), "lr": round(lr, 6),
+                "step": step, "epoch": epoch, "tokens": tokens, "loss": round(running, 4), "lr": round(share * args.lr, 6),
                 "tokens_per_s": round(since_tokens / (now - since)),
             }  # fmt: skip
             if measure:

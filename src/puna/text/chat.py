@@ -39,8 +39,8 @@ class Message:
             )
 
 
-Segments = Callable[[Sequence[Message], bool], list[str]]
-"""Messages and whether the assistant's header follows -> the rendered text, in parts that are tokenized apart."""
+Segments = Callable[[Sequence[Message], bool, datetime], list[str]]
+"""Messages, whether the assistant's header follows, the date -> the text, in parts that are tokenized apart."""
 
 
 class ChatFormat:
@@ -49,10 +49,18 @@ class ChatFormat:
     `name` says where the format came from; `special` are the special tokens it cannot do without.
     """
 
-    def __init__(self, name: str, segments: Segments, *, special: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        segments: Segments,
+        *,
+        special: Sequence[str] = (),
+        now: Callable[[], datetime] = datetime.now,
+    ) -> None:
         self.name = name
         self.special = tuple(special)
         self._segments = segments
+        self._now = now
 
     @classmethod
     def from_template(
@@ -70,9 +78,9 @@ class ChatFormat:
         """
         from puna.text.template import ChatTemplate
 
-        template = ChatTemplate(source, origin=origin, now=now)
+        template = ChatTemplate(source, origin=origin)
 
-        def segments(messages: Sequence[Message], add_generation_prompt: bool) -> list[str]:
+        def segments(messages: Sequence[Message], add_generation_prompt: bool, date: datetime) -> list[str]:
             variables = {
                 "messages": [{"role": m.role, "content": m.content} for m in messages],
                 # transformers passes these two, so templates may test them without `is defined`
@@ -82,16 +90,16 @@ class ChatFormat:
                 "bos_token": bos_token,
                 "eos_token": eos_token,
             }
-            return [template.render(variables, input_chars=sum(len(m.content) for m in messages))]
+            return [template.render(variables, input_chars=sum(len(m.content) for m in messages), now=date)]
 
-        return cls(f"chat template of {origin}", segments)
+        return cls(f"chat template of {origin}", segments, now=now)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The conversation as text, ending with the assistant's header where add_generation_prompt.
 
         Raises ChatFormatError for an empty conversation, one the format cannot express, or a failing template.
         """
-        return "".join(self._render(messages, add_generation_prompt))
+        return "".join(self._render(messages, add_generation_prompt, self._now()))
 
     def encode(
         self, messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool = True
@@ -107,8 +115,9 @@ class ChatFormat:
                 f"The {self.name} needs the special tokens {', '.join(missing)}, and {tokenizer.source} has none such.",
                 remedy="Use the tokenizer that came with the model, or run it without a chat format (--raw).",
             )
-        plain = self._render(messages, add_generation_prompt)
-        marked, mark = self._render_marked(messages, add_generation_prompt, plain, tokenizer)
+        date = self._now()  # once: the renderings compared must not differ by a clock's tick
+        plain = self._render(messages, add_generation_prompt, date)
+        marked, mark = self._render_marked(messages, add_generation_prompt, date, plain, tokenizer)
         ids: list[int] = []
         for text, with_marks in zip(plain, marked, strict=True):
             parts = tokenizer.split_special(with_marks)
@@ -123,15 +132,20 @@ class ChatFormat:
             ids.insert(0, tokenizer.bos_id)
         return ids
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[str]:
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool, date: datetime) -> list[str]:
         if not messages:
             raise ChatFormatError("The conversation is empty.", remedy="Give at least one message.")
         for message in messages:
             check_text(message.content)
-        return self._segments(messages, add_generation_prompt)
+        return self._segments(messages, add_generation_prompt, date)
 
     def _render_marked(
-        self, messages: Sequence[Message], add_generation_prompt: bool, plain: list[str], tokenizer: Tokenizer
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        date: datetime,
+        plain: list[str],
+        tokenizer: Tokenizer,
     ) -> tuple[list[str], str]:
         """The rendering with a mark inside everything of the messages' that could read as a special token; the mark.
 
@@ -139,9 +153,10 @@ class ChatFormat:
         that looks into the text (R1's cuts it at `</think>`) may then render differently; so second, only whole names
         are marked, and accepted if the template's own special tokens come out as in the first rendering.
         """
-        everything = "".join([*plain, *(m.content for m in messages)])
-        # Plane 16 is for private use. Nobody can have put the mark into a text: it is chosen for not being there.
-        mark = next(c for c in map(chr, range(0x10_0000, 0x10_FFFE)) if c not in everything)
+        present = set("".join([*plain, *(m.content for m in messages)]))
+        # Planes 15 and 16 are for private use. Nobody can have put the mark into a text: it is chosen for not being
+        # there. (A text that holds all 131,068 of them gets U+10FFFD, and the check below refuses it.)
+        mark = next((c for c in map(chr, range(0xF_0000, 0x10_FFFE)) if c not in present), "\U0010fffd")
         starts = "|".join({re.escape(name[0]) for name in tokenizer.special if name}) or r"(?!)"
         names = "|".join(re.escape(n) for n in sorted(tokenizer.special, key=len, reverse=True) if n) or r"(?!)"
 
@@ -155,7 +170,8 @@ class ChatFormat:
 
         own: list[int] | None = None
         for marking in (every_start, whole_names):
-            marked = self._segments([Message(m.role, marking(m.content)) for m in messages], add_generation_prompt)
+            marked_messages = [Message(m.role, marking(m.content)) for m in messages]
+            marked = self._segments(marked_messages, add_generation_prompt, date)
             specials = [i for text in marked for i in _specials(tokenizer.split_special(text))]
             own = specials if own is None else own
             if [text.replace(mark, "") for text in marked] == plain and specials == own:
@@ -236,7 +252,7 @@ def _check_turns(messages: Sequence[Message], add_generation_prompt: bool, tags:
 _LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
-def _llama2(messages: Sequence[Message], add_generation_prompt: bool) -> list[str]:
+def _llama2(messages: Sequence[Message], add_generation_prompt: bool, _: datetime) -> list[str]:
     """Llama 2 Chat, Code Llama Instruct 7B to 34B. Source: meta-llama/llama, llama/generation.py, chat_completion.
 
     Every turn has its own BOS and a finished one its EOS; the assistant has no header, so add_generation_prompt adds
@@ -256,7 +272,7 @@ def _llama2(messages: Sequence[Message], add_generation_prompt: bool) -> list[st
     return [text]
 
 
-def _codellama70b(messages: Sequence[Message], add_generation_prompt: bool) -> list[str]:
+def _codellama70b(messages: Sequence[Message], add_generation_prompt: bool, _: datetime) -> list[str]:
     """Code Llama 70B Instruct. Source: meta-llama/codellama, llama/generation.py, dialog_prompt_tokens.
 
     Header and body are tokenized apart there, each with sentencepiece's leading space, and so they are here.
@@ -275,7 +291,7 @@ def _codellama70b(messages: Sequence[Message], add_generation_prompt: bool) -> l
     return segments
 
 
-def _llama3(messages: Sequence[Message], add_generation_prompt: bool) -> list[str]:
+def _llama3(messages: Sequence[Message], add_generation_prompt: bool, _: datetime) -> list[str]:
     """Llama 3 to 3.3 Instruct. Sources: meta-llama/llama3, llama/tokenizer.py, ChatFormat; the prompt-format pages of
     3.1, 3.2 and 3.3, whose plain conversations have the same form and no system message of their own."""
     text = "<|begin_of_text|>"

@@ -215,7 +215,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "**", "%"])
 
-    def __init__(self, now: Callable[[], datetime]) -> None:
+    def __init__(self) -> None:
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -224,7 +224,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             optimized=False,
         )
         self.meter = _Meter(0)
-        self._now = now
+        self.now = datetime.min
         self.filters = {name: self._metered(name, self.filters[name]) for name in _FILTERS}
         self.filters["tojson"] = self._to_json
         self.filters["puna_weigh"] = pass_context(lambda context, value: self.meter.weigh(value))
@@ -339,14 +339,14 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _strftime_now(self, form: str) -> str:
         if len(form) > _MAX_WIDTH or re.search(r"%[^a-zA-Z%]*\d", form):  # glibc pads to a given width
             raise _LimitError("it asks for an odd form of the date")
-        return self._now().strftime(form)
+        return self.now.strftime(form)
 
 
 class ChatTemplate:
     """A compiled chat template."""
 
-    def __init__(self, source: str, *, origin: str, now: Callable[[], datetime] = datetime.now) -> None:
-        """origin: where the template came from, for error messages. now: what strftime_now tells the template.
+    def __init__(self, source: str, *, origin: str) -> None:
+        """origin: where the template came from, for error messages.
 
         Raises ChatFormatError for a template that is too long or no Jinja.
         """
@@ -354,7 +354,7 @@ class ChatTemplate:
         if len(source) > MAX_TEMPLATE_CHARS:
             raise self._error(f"it is longer than {MAX_TEMPLATE_CHARS} characters")
         self._lock = threading.Lock()
-        self._environment = _Environment(now)
+        self._environment = _Environment()
         try:
             tree = _Metered().visit(self._environment.parse(source))
             code = self._environment.compile(tree)
@@ -362,12 +362,14 @@ class ChatTemplate:
         except (Exception, RecursionError) as error:
             raise self._error(str(error)[:1000]) from error
 
-    def render(self, variables: Mapping[str, Any], *, input_chars: int) -> str:
-        """The rendered text. input_chars: the length of all message texts, to which limits are proportional.
+    def render(self, variables: Mapping[str, Any], *, input_chars: int, now: datetime) -> str:
+        """The rendered text. input_chars: the length of all message texts, to which limits are proportional; now: what
+        strftime_now tells the template.
 
         Raises ChatFormatError where the template fails, refuses the messages, or exceeds a limit.
         """
-        with self._lock:  # the meter belongs to one rendering
+        with self._lock:  # the meter and the date belong to one rendering
+            self._environment.now = now
             meter = self._environment.meter = _Meter(input_chars)
             parts: list[str] = []
             try:

@@ -264,6 +264,22 @@ def test_a_name_put_together_at_the_border_of_a_message_stays_text(llama3: Token
     assert ids == [128_000, *llama3.encode("<|eot_id|>")]
 
 
+def test_one_encoding_has_one_date(llama3: Tokenizer) -> None:
+    """Messages are told from the template by comparing renderings, which a clock must not make differ."""
+    ticks = iter(datetime(2024, 7, 26, 23, 59, second) for second in range(60))
+    ours = ChatFormat.from_template(
+        "{{ strftime_now('%H:%M:%S') }} {{ messages[0].content }}", origin="x", now=lambda: next(ticks)
+    )
+    assert ours.encode(talk("<|eot_id|>"), llama3) == llama3.encode("23:59:00 <|eot_id|>", bos=True)
+
+
+def test_every_private_character_in_a_message(llama3: Tokenizer) -> None:
+    """No character is left to mark the message with: refused, not misread."""
+    everything = "".join(map(chr, range(0xF_0000, 0x10_FFFE)))
+    with pytest.raises(ChatFormatError, match="cannot be told from its own"):
+        builtin_format("llama3", instruct=True).encode(talk(everything), llama3)
+
+
 def test_a_template_without_bos_gets_one(llama3: Tokenizer) -> None:
     ours = ChatFormat.from_template("{{ messages[0].content }}", origin="x")
     assert ours.encode(talk("a"), llama3) == [128_000, *llama3.encode("a")]

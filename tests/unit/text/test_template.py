@@ -13,10 +13,11 @@ import pytest
 from puna.errors import ChatFormatError
 from puna.text.template import MAX_TEMPLATE_CHARS, ChatTemplate
 
+NOW = datetime(2024, 7, 26, 12, 30)
+
 
 def render(source: str, **variables: Any) -> str:
-    template = ChatTemplate(source, origin="test", now=lambda: datetime(2024, 7, 26, 12, 30))
-    return template.render(variables, input_chars=100)
+    return ChatTemplate(source, origin="test").render(variables, input_chars=100, now=NOW)
 
 
 @pytest.mark.parametrize(
@@ -181,14 +182,20 @@ def test_namespaces_do_not_print_what_they_hold() -> None:
 def test_a_template_can_be_used_again_after_a_failure() -> None:
     template = ChatTemplate("{% if bad %}{{ 'x' * 10 ** 10 }}{% endif %}ok", origin="test")
     with pytest.raises(ChatFormatError):
-        template.render({"bad": True}, input_chars=0)
-    assert template.render({"bad": False}, input_chars=0) == "ok"
+        template.render({"bad": True}, input_chars=0, now=NOW)
+    assert template.render({"bad": False}, input_chars=0, now=NOW) == "ok"
 
 
 def test_long_conversations_are_within_the_limits() -> None:
     """Two thousand messages, and one of four million characters, through a template that slices and copies."""
     source = "{% set messages = messages[1:] %}{% for m in messages %}{{ '<' + m.role + '>' + m.content | trim + '\n' }}{% endfor %}"
     messages = [{"role": "user", "content": "x" * 300} for _ in range(2_000)]
-    assert len(ChatTemplate(source, origin="t").render({"messages": messages}, input_chars=600_000)) == 1_999 * 307
+    assert (
+        len(ChatTemplate(source, origin="t").render({"messages": messages}, input_chars=600_000, now=NOW))
+        == 1_999 * 307
+    )
     messages = [{"role": "user", "content": "x" * 4_000_000}] * 2
-    assert len(ChatTemplate(source, origin="t").render({"messages": messages}, input_chars=8_000_000)) == 4_000_007
+    assert (
+        len(ChatTemplate(source, origin="t").render({"messages": messages}, input_chars=8_000_000, now=NOW))
+        == 4_000_007
+    )

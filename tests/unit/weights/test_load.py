@@ -106,24 +106,27 @@ def test_metas_folder_name_says_whether_it_chats(name: str, chats: bool, referen
 
 
 MEASURE = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from puna.weights.checkpoint import open_checkpoint
 from puna.weights.load import load_weights
 from puna.models.tree import leaves
 from puna.weights.files import raw
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+before = peak()
 checkpoint = open_checkpoint(Path(sys.argv[1]))
 weights, _ = load_weights(checkpoint)
-opened = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+opened = peak()
 for _, leaf in leaves(weights):
     raw(leaf).view("u1").max()
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(checkpoint.nbytes, opened - before, after - before)
+print(checkpoint.nbytes, opened - before, peak() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_weights_take_no_memory_before_they_are_read_and_once_their_size_after(tmp_path: Path) -> None:
     """Peak resident memory of a process that reads every weight of a 60 MB file: under 1.1 times the file."""
     changes = {"dim": 1024, "vocab_size": 8192, "n_layers": 1, "multiple_of": 512}
@@ -134,4 +137,4 @@ def test_weights_take_no_memory_before_they_are_read_and_once_their_size_after(t
     size, opened, after = map(int, result.stdout.split())
     assert size > 50_000_000
     assert opened < 0.1 * size
-    assert after < 1.1 * size
+    assert 0.9 * size < after < 1.1 * size

@@ -1,0 +1,75 @@
+"""The bytes under every reader: views checked against the file, words fit to print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from puna.errors import CheckpointError
+from puna.kernels.layouts import BF16
+from puna.weights.files import MappedFile, listed, parse_json, read_json, same_bits, shown
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> MappedFile:
+    (tmp_path / "x").write_bytes(bytes(range(64)))
+    return MappedFile(tmp_path / "x")
+
+
+def test_weights_are_little_endian_views_or_aligned_copies(file: MappedFile) -> None:
+    aligned, odd = file.weight("fp32", (2, 3), 8), file.weight("fp32", (2, 3), 9)
+    assert isinstance(aligned, np.ndarray)
+    assert isinstance(odd, np.ndarray)
+    assert aligned.tobytes() == bytes(range(8, 32))
+    assert odd.tobytes() == bytes(range(9, 33))
+    assert odd.flags.aligned
+    half = file.weight("bf16", (2,), 62 - 2)
+    assert isinstance(half, BF16)
+    assert half.bits.tolist() == [0x3D3C, 0x3F3E]
+    assert file.weight("fp16", (0, 5), 64).shape == (0, 5)
+
+
+@pytest.mark.parametrize(("shape", "offset"), [((17,), 0), ((1,), 61), ((1,), -4), ((1 << 61, 1 << 61), 0), ((-1,), 0)])
+def test_nothing_outside_the_file_can_be_viewed(shape: tuple[int, ...], offset: int, file: MappedFile) -> None:
+    with pytest.raises(CheckpointError, match="reaches past the end"):
+        file.weight("fp32", shape, offset)
+
+
+def test_files_that_cannot_be_mapped(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_bytes(b"")
+    for path, words in ((tmp_path / "empty", "is empty"), (tmp_path / "absent", "cannot be read"), (tmp_path, "read")):
+        with pytest.raises(CheckpointError, match=words):
+            MappedFile(path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_json(tmp_path / "absent")
+
+
+def test_same_bits_is_about_bits_types_and_shapes() -> None:
+    words = np.array([1, 2, 0x7FC1], dtype=np.uint16)
+    assert same_bits(BF16(words), BF16(words.copy()))
+    assert not same_bits(BF16(words), words.view(np.float16))
+    assert not same_bits(BF16(words), BF16(words.reshape(3, 1)))
+    nan, zero = np.array([np.nan], dtype=np.float32), np.array([0.0], dtype=np.float32)
+    assert same_bits(nan, nan.copy())
+    assert not same_bits(zero, -zero)
+    long = np.zeros(200_000, dtype=np.float32)
+    other = long.copy()
+    other[-1] = 1
+    assert not same_bits(long, other)
+
+
+def test_words_of_a_file_are_safe_to_print() -> None:
+    assert shown("layers.0") == "layers.0"
+    assert shown("\x1b[2J") == "'\\x1b[2J'"
+    assert shown("\ud800").isascii()
+    assert len(shown("a" * 1000)) == 120
+    assert listed(str(i) for i in range(10)) == "0, 1, 2, 3, 4, 5, 6, 7 and 2 more"
+
+
+def test_json_of_strangers() -> None:
+    assert parse_json(b'{"a": {"b": 1}}', "x") == {"a": {"b": 1}}
+    for text in (b'{"a": 1, "a": 1}', b'{"b": {"a": 1, "a": 2}}', b"[1]", b"", b"\xff", b'{"a": Infinity}', b"{}{}"):
+        with pytest.raises(CheckpointError, match="x: "):
+            parse_json(text, "x")
