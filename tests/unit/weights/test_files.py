@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_models import mapped
 
 from puna.errors import CheckpointError
 from puna.kernels.layouts import BF16
@@ -25,6 +26,8 @@ def test_weights_are_little_endian_views_or_aligned_copies(file: MappedFile) -> 
     assert aligned.tobytes() == bytes(range(8, 32))
     assert odd.tobytes() == bytes(range(9, 33))
     assert odd.flags.aligned
+    assert mapped(aligned)
+    assert not mapped(odd)
     half = file.weight("bf16", (2,), 62 - 2)
     assert isinstance(half, BF16)
     assert half.bits.tolist() == [0x3D3C, 0x3F3E]

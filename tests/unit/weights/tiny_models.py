@@ -7,17 +7,19 @@ What is surprising: sizes differ in every dimension that could be mistaken for a
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from puna.kernels.layouts import BF16
+from puna.kernels.layouts import BF16, Weight
 from puna.models import decoder
 from puna.models.config import DecoderConfig, read_meta
 from puna.weights import names
 from puna.weights.checkpoint import Checkpoint
+from puna.weights.files import raw
 
 PARAMS: dict[str, Any] = {
     "dim": 64, "n_layers": 2, "n_heads": 16, "n_kv_heads": 8, "vocab_size": 56, "multiple_of": 8, "norm_eps": 1e-5,
@@ -101,6 +103,14 @@ def bits(value: Any) -> np.ndarray[Any, Any]:
         value = BF16(value.view(torch.uint16).numpy()) if value.dtype == torch.bfloat16 else value.numpy()
     array = value.bits if isinstance(value, BF16) else value
     return np.ascontiguousarray(array).view(f"u{array.itemsize}")
+
+
+def mapped(weight: Weight) -> bool:
+    """Whether a weight is a view of a mapped file; NumPy says that a view of copied bytes owns no data either."""
+    base: Any = raw(weight)
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return isinstance(base.obj if isinstance(base, memoryview) else base, mmap.mmap)
 
 
 def assert_holds(checkpoint: Checkpoint, state: dict[str, torch.Tensor], convention: names.Convention = "meta") -> None:

@@ -26,8 +26,6 @@ INLINE void tile_rows(const float* const* rows, const float* panel, int64_t coun
 template <int R, int V>
 INLINE void tile_columns(const float* columns, int64_t stride, const float* panel, int64_t count, vf (&sums)[R][V]) {
     for (int64_t k = 0; k < count; k++, columns += stride) {
-        // At a stride of a power of two the lines meet in a few sets of L1 and are gone before the next tile wants them.
-        __builtin_prefetch(columns + 16 * stride, 0, 2);
         vf x[V];
         UNROLL for (int j = 0; j < V; j++) x[j] = load(panel + (k * V + j) * W);
         UNROLL for (int i = 0; i < R; i++) {
