@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from prepare import BOS, BOS_ID, EOS, EOS_ID, WORK
-from safetensors.torch import save_file
+from safetensors.torch import save
 from train import CONFIG
 
 from puna.models.config import write_hub
@@ -54,7 +54,7 @@ def main() -> None:
         os.replace(partial, args.to / name)
     partial.write_bytes((args.work / "tokenizer.json").read_bytes())
     os.replace(partial, args.to / "tokenizer.json")
-    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.write_bytes(save(tensors, metadata={"format": "pt"}))
     os.replace(partial, args.to / "model.safetensors")
     print(f"step {state['step']}, {state['tokens']} tokens: {args.to}")
 

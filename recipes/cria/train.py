@@ -124,7 +124,7 @@ def loss(weights: DecoderWeights, config: DecoderConfig, rows: torch.Tensor) -> 
 
 
 def rate(step: int, warmup: int, steps: int, decay: int) -> float:
-    """A step's share of the peak rate (from step 0): up over `warmup`, one, down to zero over the last `decay` steps."""
+    """The share of the peak rate at a step, from 0: up over `warmup`, then one, down to zero over the last `decay`."""
     return min(1.0, (step + 1) / warmup, (steps - step) / decay)
 
 
@@ -221,9 +221,13 @@ def main() -> None:
         if step % 10 == 0 or measure:
             now = time.perf_counter()
             line: dict[str, Any] = {
-                "step": step, "epoch": epoch, "tokens": tokens, "loss": round(running, 4), "lr": round(share * args.lr, 6),
+                "step": step,
+                "epoch": epoch,
+                "tokens": tokens,
+                "loss": round(running, 4),
+                "lr": round(share * args.lr, 6),
                 "tokens_per_s": round(since_tokens / (now - since)),
-            }  # fmt: skip
+            }
             if measure:
                 with torch.no_grad(), bf16:
                     losses = [objective(torch.from_numpy(part)).item() for part in held_out]

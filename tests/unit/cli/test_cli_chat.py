@@ -280,7 +280,7 @@ def test_a_second_turn_computes_only_what_is_new(reference: Path) -> None:
     folder = reference / "checkpoints" / "stories260K"
     llm = LLM(folder / "stories260K.bin", tokenizer=folder / "tok512.bin")
     llm.chat_format = ChatFormat(
-        "plain", lambda messages, _: ["".join(f"{m.role}: {m.content}\n" for m in messages) + "assistant:"]
+        "plain", lambda messages, *_: ["".join(f"{m.role}: {m.content}\n" for m in messages) + "assistant:"]
     )
     reused: list[int] = []
     entries = iter(["Once upon a time", "Then what?"])

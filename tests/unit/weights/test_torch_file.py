@@ -177,6 +177,7 @@ def directory(path: Path) -> tuple[bytearray, int, list[int]]:
         (42, "<I", 0xFFFFFFFF, "has no entry"),
         (20, "<I", 1 << 30, "compressed"),
         (8, "<H", 1, "compressed, encrypted"),
+        (10, "<H", 8, "compressed, encrypted"),
         (28, "<H", 60000, "ends too early"),
         (32, "<H", 60000, "ends too early"),
         (0, "<I", 7, "has no entry"),
