@@ -29,5 +29,6 @@ def test_the_count_in_the_example_is_the_published_one() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_python_in_the_pages(page: Path) -> None:
+    names: dict[str, object] = {"__name__": "__page__"}  # a page is read from top to bottom: later blocks go on
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-        exec(compile(block, str(page), "exec"), {"__name__": "__page__"})
+        exec(compile(block, str(page), "exec"), names)
