@@ -23,7 +23,7 @@ from puna.kernels.layouts import Weight
 from puna.models.config import write_hub, write_meta
 from puna.weights import names
 from puna.weights.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, Checkpoint, open_checkpoint
-from puna.weights.files import ITEM_SIZE, LazyTensor, raw, wrap
+from puna.weights.files import ITEM_SIZE, LazyTensor, raw, release, wrap
 from puna.weights.load import converted, named_for_chat, notes_on
 from puna.weights.meta import PARAMS_NAME
 from puna.weights.save import sync, write_json, write_safetensors, write_torch
@@ -141,8 +141,12 @@ def _outgoing(checkpoint: Checkpoint, tensor: LazyTensor, to: str, dtype: str) -
 
     def read() -> Weight:
         tensor.check()
-        weight = converted(checkpoint.path, tensor.name, tensor.read(), dtype)
-        return wrap(names.repair(tensor.name, raw(weight), checkpoint.config, interleaved=convention == "meta"))
+        stored = tensor.read()
+        weight = converted(checkpoint.path, tensor.name, stored, dtype)
+        rows = names.repair(tensor.name, raw(weight), checkpoint.config, interleaved=convention == "meta")
+        if rows is not raw(stored):
+            release(stored)
+        return wrap(rows)
 
     kept = tensor.dtype if dtype == "auto" else dtype
     return LazyTensor(names.foreign(tensor.name, convention), tensor.shape, kept, read)

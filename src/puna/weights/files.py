@@ -100,6 +100,24 @@ def wrap(array: np.ndarray[Any, Any]) -> Weight:
     return BF16(array) if array.dtype == np.uint16 else array
 
 
+def release(weight: Weight) -> None:
+    """Let the system have back the memory of a mapped weight's pages, for a weight that was copied and is done with.
+
+    Reading it again is correct and comes from the disk. Nothing happens where the weight is no view of a mapped file,
+    or the platform has no madvise. Without this, a model that is copied on load would count twice.
+    """
+    array = raw(weight)
+    base: Any = array
+    while isinstance(base, np.ndarray | memoryview):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED") or not array.flags.c_contiguous:
+        return
+    start = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < last:  # pages shared with a neighbour stay
+        base.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
 def same_bits(one: Weight, other: Weight) -> bool:
     """Whether two weights have one type, one shape and the same bits; stops at the first block that differs."""
     a, b = raw(one), raw(other)

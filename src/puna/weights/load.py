@@ -21,7 +21,7 @@ from puna.models import decoder
 from puna.models.config import DecoderConfig
 from puna.models.tree import DecoderWeights
 from puna.weights.checkpoint import Checkpoint, open_checkpoint
-from puna.weights.files import ITEM_SIZE, listed
+from puna.weights.files import ITEM_SIZE, listed, release
 
 if TYPE_CHECKING:
     from puna.text.chat import ChatFormat
@@ -99,7 +99,11 @@ def load_weights(checkpoint: Checkpoint, dtype: str = "auto") -> tuple[DecoderWe
         raise UsageError(f"--dtype {dtype}: no such type.", remedy=f"One of: auto, {', '.join(ITEM_SIZE)}.")
 
     def parameter(name: str) -> Weight:
-        return converted(checkpoint.path, name, checkpoint.tensors[name].read(), dtype)
+        stored = checkpoint.tensors[name].read()
+        weight = converted(checkpoint.path, name, stored, dtype)
+        if weight is not stored:
+            release(stored)
+        return weight
 
     weights = decoder.build(checkpoint.config, parameter)
     return weights, tuple(notes_on(checkpoint, dtype))

@@ -22,7 +22,7 @@ from puna.kernels.layouts import Weight
 from puna.models import decoder
 from puna.models.config import Fields, ReadConfig, read_meta
 from puna.weights import names
-from puna.weights.files import LazyTensor, listed, raw, same_bits, wrap
+from puna.weights.files import LazyTensor, listed, raw, release, same_bits, wrap
 from puna.weights.torch_file import open_torch, state_tensors
 
 PARAMS_NAME = "params.json"
@@ -139,7 +139,11 @@ def _whole(name: str, shape: tuple[int, ...], pieces: Sequence[LazyTensor], read
 
 
 def _concatenated(pieces: Sequence[LazyTensor], axis: int) -> Weight:
-    return wrap(np.concatenate([raw(piece.read()) for piece in pieces], axis))
+    weights = [piece.read() for piece in pieces]
+    whole = wrap(np.concatenate([raw(weight) for weight in weights], axis))
+    for weight in weights:
+        release(weight)
+    return whole
 
 
 def _replicated(folder: Path, name: str, pieces: Sequence[LazyTensor]) -> Weight:

@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 
 from puna.kernels.layouts import Weight
-from puna.weights.files import LazyTensor, raw
+from puna.weights.files import LazyTensor, raw, release
 from puna.weights.safetensors import DTYPES, INDEX_NAME, SINGLE_NAME
 
 LARGEST_SHARD = 5_000_000_000
@@ -90,6 +90,7 @@ def blocks(weight: Weight) -> Iterator[memoryview]:
     view = np.ascontiguousarray(raw(weight)).data.cast("B")
     for at in range(0, len(view), _BLOCK):
         yield view[at : at + _BLOCK]
+    release(weight)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -125,13 +125,13 @@ print("done")
 def test_two_threads_at_once_get_their_own_results(threads_restored: None) -> None:
     cpu.set_threads(2)
     rng = np.random.default_rng(0)
-    weight = rng.standard_normal((3000, 400), dtype=np.float32)  # long enough that the GIL is let go
-    inputs = [rng.standard_normal((2, 400), dtype=np.float32) for _ in range(4)]
+    weight = rng.standard_normal((2000, 400), dtype=np.float32)
+    inputs = [rng.standard_normal((24, 400), dtype=np.float32) for _ in range(4)]  # long enough that the GIL is let go
     want = [cpu.linear(x, weight) for x in inputs]
     wrong: list[int] = []
 
     def work(i: int) -> None:
-        for _ in range(30):
+        for _ in range(20):
             if not np.array_equal(cpu.linear(inputs[i], weight), want[i]):
                 wrong.append(i)
 
@@ -168,7 +168,7 @@ def rng_rows(rows: int) -> Any:
 
 def test_set_threads_while_another_thread_works(threads_restored: None) -> None:
     rng = np.random.default_rng(0)
-    weight, x = rng.standard_normal((3000, 400), dtype=np.float32), rng.standard_normal((2, 400), dtype=np.float32)
+    weight, x = rng.standard_normal((2000, 400), dtype=np.float32), rng.standard_normal((24, 400), dtype=np.float32)
     want = cpu.linear(x, weight)
     stop, wrong = threading.Event(), []
 

@@ -10,7 +10,7 @@ from tiny_models import mapped
 
 from puna.errors import CheckpointError
 from puna.kernels.layouts import BF16
-from puna.weights.files import MappedFile, listed, parse_json, read_json, same_bits, shown
+from puna.weights.files import MappedFile, listed, parse_json, read_json, release, same_bits, shown
 
 
 @pytest.fixture
@@ -76,3 +76,24 @@ def test_json_of_strangers() -> None:
     for text in (b'{"a": 1, "a": 1}', b'{"b": {"a": 1, "a": 2}}', b"[1]", b"", b"\xff", b'{"a": Infinity}', b"{}{}"):
         with pytest.raises(CheckpointError, match="x: "):
             parse_json(text, "x")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads resident memory from Linux's /proc")
+def test_a_released_weight_takes_no_memory_and_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "mapped"
+    values = np.arange(1 << 20, dtype=np.float32)
+    path.write_bytes(b"head" + values.tobytes())
+    weight = MappedFile(path).weight("fp32", (1024, 1024), 4)
+
+    def resident_kb() -> int:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+        at = next(i for i, line in enumerate(lines) if line.endswith(str(path)))
+        return next(int(line.split()[1]) for line in lines[at:] if line.startswith("Rss:"))
+
+    assert float(weight.sum()) == float(values.sum())
+    assert resident_kb() > 4000
+    release(weight)
+    assert resident_kb() < 200
+    np.testing.assert_array_equal(weight.reshape(-1), values)
+    release(values)  # no mapped file: nothing happens
+    np.testing.assert_array_equal(values[:3], [0, 1, 2])

@@ -164,17 +164,21 @@ int64_t product(const A& a, size_t first, size_t last) {
     return out;
 }
 
-// Lets other Python threads run during a call that is long enough to be worth it: taking the lock back while another
-// thread is busy can cost more than a short op itself.
+// Lets other Python threads run during a call of some milliseconds (`work` in multiply-adds). Not during a shorter one:
+// taking the lock back from a busy thread can cost several times an op of 0.1 ms, and between ops Python hands it over
+// by itself every 5 ms.
 class Unlocked {
   public:
     explicit Unlocked(int64_t work) {
-        if (work > 1 << 20) release_.emplace();
+        if (work > 1 << 24) release_.emplace();
     }
 
   private:
     std::optional<nb::gil_scoped_release> release_;
 };
+
+// What one number of an op that only passes over memory costs, in multiply-adds of the others.
+constexpr int64_t PER_NUMBER = 16;
 
 // ---- ops ----
 
@@ -189,7 +193,7 @@ void embedding(const In& table, bool bf16, const In& ids, const Out& out) {
     for (int64_t i = 0; i < count; i++)
         if (id[i] < 0 || id[i] >= rows)
             bad_value("embedding: id " + std::to_string(id[i]) + " is not in a table of " + std::to_string(rows) + " rows");
-    Unlocked unlocked(count * dim);
+    Unlocked unlocked(count * dim * PER_NUMBER);
     active->embedding(w, dim, id, count, to);
 }
 
@@ -202,7 +206,7 @@ void rms_norm(const In& x, const In& weight, bool bf16, float eps, const Out& ou
     float* to = checked<float>(out, "rms_norm: out");
     like(out, "rms_norm: out", x, "x", n);
     if (x.size() == 0) return;
-    Unlocked unlocked(x.size());
+    Unlocked unlocked(x.size() * PER_NUMBER);
     active->rms_norm(from, w, product(x, 0, n - 1), x.shape(n - 1), eps, to);
 }
 
@@ -242,7 +246,7 @@ void rope(const In& x, const In& cos, const In& sin, bool interleaved, const Out
     float* to = checked<float>(out, "rope: out");
     like(out, "rope: out", x, "x", n);
     if (x.size() == 0) return;
-    Unlocked unlocked(x.size());
+    Unlocked unlocked(x.size() * PER_NUMBER);
     active->rope(from, c, s, product(x, 0, n - 2), x.shape(n - 2), x.shape(n - 1), interleaved, to);
 }
 
@@ -291,7 +295,7 @@ void attention(const In& q, const In& k, const In& v, const std::optional<In>& p
     float* to = checked<float>(out, "attention: out");
     like(out, "attention: out", q, "q", 4);
     if (q.size() == 0) return;
-    Unlocked unlocked(B * T * H * D * S / 2);
+    Unlocked unlocked(B * T * H * D * S);
     active->attention(from, keys, values, p, B, T, S, H, G, D, to);
 }
 
@@ -302,7 +306,7 @@ void swiglu(const In& gate, const In& up, const Out& out) {
     like(up, "swiglu: up", gate, "gate", gate.ndim());
     like(out, "swiglu: out", gate, "gate", gate.ndim());
     if (gate.size() == 0) return;
-    Unlocked unlocked(gate.size());
+    Unlocked unlocked(gate.size() * PER_NUMBER);
     active->swiglu(g, u, gate.size(), to);
 }
 
@@ -314,7 +318,7 @@ void argmax(const In& logits, const Out& out) {
     if (vocabulary == 0) bad_value("argmax: no logits to choose from");
     int32_t* to = checked<int32_t>(out, "argmax: out");
     if ((int64_t)out.size() != rows) bad_value("argmax: out has the wrong shape");
-    Unlocked unlocked(logits.size());
+    Unlocked unlocked(logits.size() * PER_NUMBER);
     active->argmax(x, rows, vocabulary, to);
 }
 
