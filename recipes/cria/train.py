@@ -135,12 +135,44 @@ def save(path: Path, state: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
+def snapshot(
+    step: int, tokens: int, parameters: dict[str, torch.Tensor], optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[str, Any]:
+    """What a resumed run needs."""
+    return {
+        "step": step,
+        "tokens": tokens,
+        "parameters": {name: p.detach() for name, p in parameters.items()},
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+    }
+
+
+def resume(
+    checkpoint: Path, log: Path, parameters: dict[str, torch.Tensor], optimizers: Sequence[torch.optim.Optimizer]
+) -> tuple[int, int]:
+    """Put a checkpoint in place and cut the log back to it: (steps done, tokens seen); zeros where there is none."""
+    if not checkpoint.exists():
+        log.write_text("")
+        return 0, 0
+    state = torch.load(checkpoint, weights_only=True)
+    with torch.no_grad():
+        for name, value in state["parameters"].items():
+            parameters[name].copy_(value)
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    step, tokens = state["step"], state["tokens"]
+    lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
+    log.write_text("".join(line + "\n" for line in lines))
+    print(f"resumed at step {step}", flush=True)
+    return step, tokens
+
+
 def main() -> None:
     """The run. The defaults are those of the recorded one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=WORK, help="folder of prepare.py's files and the checkpoint")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--decay", type=int, default=1200, help="last steps, over which the rate falls to zero")
+    parser.add_argument("--steps", type=int, default=2700)
+    parser.add_argument("--decay", type=int, default=1500, help="last steps, over which the rate falls to zero")
     parser.add_argument("--warmup", type=int, default=60)
     parser.add_argument("--size", type=int, default=4096, help="tokens a step")
     parser.add_argument("--lr", type=float, default=4e-3, help="of the matrices, by Muon, its step as large as AdamW's")
@@ -164,22 +196,8 @@ def main() -> None:
         torch.optim.AdamW(others, lr=args.embedding_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     )
     weights = tree(CONFIG, parameters)
-    step = tokens = 0
-    checkpoint = args.work / "checkpoint.pt"
-    log = args.work / "log.jsonl"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        step, tokens = state["step"], state["tokens"]
-        with torch.no_grad():
-            for name, value in state["parameters"].items():
-                parameters[name].copy_(value)
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
-        log.write_text("".join(line + "\n" for line in lines))
-        print(f"resumed at step {step}", flush=True)
-    else:
-        log.write_text("")
+    checkpoint, log = args.work / "checkpoint.pt", args.work / "log.jsonl"
+    step, tokens = resume(checkpoint, log, parameters, optimizers)
 
     def objective(rows: torch.Tensor) -> torch.Tensor:
         return loss(weights, CONFIG, rows)
@@ -240,18 +258,6 @@ def main() -> None:
         if measure:
             save(checkpoint, snapshot(step, tokens, parameters, optimizers))
     save(checkpoint, snapshot(step, tokens, parameters, optimizers))
-
-
-def snapshot(
-    step: int, tokens: int, parameters: dict[str, torch.Tensor], optimizers: tuple[torch.optim.Optimizer, ...]
-) -> dict[str, Any]:
-    """What a resumed run needs."""
-    return {
-        "step": step,
-        "tokens": tokens,
-        "parameters": {name: p.detach() for name, p in parameters.items()},
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-    }
 
 
 if __name__ == "__main__":

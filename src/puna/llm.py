@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Unpack
@@ -58,6 +59,8 @@ class LLM:
         self.tokenizer: Tokenizer = loaded.tokenizer
         self.chat_format: ChatFormat | None = loaded.chat_format
         self.notes: tuple[str, ...] = loaded.notes
+        self.stop_ids: frozenset[int] = self.tokenizer.stop_ids.union(loaded.checkpoint.read_config.eos_ids)
+        """Every token that ends an answer: the tokenizer's, and those the model's own config names."""
         self.device = device
         runner: Runner
         if device == "cpu":
@@ -85,7 +88,9 @@ class LLM:
             raise UsageError("raw takes a text, not messages.", remedy="Leave raw out to use the model's chat format.")
         if self.chat_format is None:
             raise ChatFormatError(
-                f"{self.name} is a base model without a chat format.", remedy="Give it a text to continue instead."
+                f"{self.name} has no chat format: it brings no chat template, and its files do not say which it was "
+                "trained on.",
+                remedy="Give it a text to continue instead.",
             )
         messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
         if system is not None:
@@ -107,13 +112,13 @@ class LLM:
         Raises ContextError, ChatFormatError or UsageError before anything is computed.
         """
         sampling = Sampling(**options)
-        if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
+        if not isinstance(prompt, str) and all(isinstance(item, Integral) for item in prompt):
             if system is not None:
                 raise UsageError("A system message cannot be added to token ids.")
             ids = [int(item) for item in prompt]  # type: ignore[arg-type]
         else:
             ids = self.encode(prompt, system=system, raw=raw)  # type: ignore[arg-type]
-        request = self._engine.submit(ids, sampling, self.tokenizer.stop_ids)
+        request = self._engine.submit(ids, sampling, self.stop_ids)
         return Stream(self, self._engine, request, ids, sampling)
 
     def generate(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from puna.errors import UsageError
 from puna.types import DTYPES, KERNELS, Sampling
 
 ENVIRONMENT = {
@@ -22,6 +23,14 @@ ENVIRONMENT = {
     "PUNA_DEBUG": "set to anything but 0: as `--debug`",
 }
 """Every environment variable Puna reads, and what it does; none is needed."""
+
+
+def typed_path(word: str) -> Path:
+    """The path a person typed, `~` and `~name` filled in. Raises UsageError where there is no such home folder."""
+    try:
+        return Path(word).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{word}: there is no such home folder.", remedy="Write the path out.") from error
 
 
 def puna_home() -> Path:
@@ -32,7 +41,7 @@ def puna_home() -> Path:
     specification asks, a relative `XDG_DATA_HOME` is ignored.
     """
     if chosen := os.environ.get("PUNA_HOME"):
-        return Path(chosen).expanduser().absolute()
+        return typed_path(chosen).absolute()
     if sys.platform == "win32":
         data = os.environ.get("LOCALAPPDATA", "")
         return (Path(data) if data else Path.home() / "AppData" / "Local") / "puna"

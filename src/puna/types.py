@@ -52,6 +52,8 @@ class Sampling:
         need(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
         need(self.seed is None or 0 <= self.seed < 1 << 64, "seed", "a whole number from 0 to 2^64 - 1")
         need(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "1 or larger")
+        # A string is a sequence of strings too: each of its characters would end the answer.
+        need(not isinstance(self.stop, str), "stop", "a tuple of strings")
         need(all(self.stop), "stop", "strings of at least one character")
 
 

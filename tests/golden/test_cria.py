@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from puna import LLM
+from puna.kernels import cpu, ops
 from puna.models import decoder
 from puna.weights.find import find_model
 
@@ -29,6 +30,12 @@ def recorded() -> dict[str, object]:
 @pytest.fixture(scope="module")
 def cria() -> LLM:
     return LLM("cria")
+
+
+@pytest.fixture(autouse=True)
+def _auto_kernels():
+    yield
+    ops.select("auto")
 
 
 def test_the_files_are_small_and_the_ones_that_were_measured(recorded):
@@ -61,12 +68,13 @@ def test_the_tokenizer_adds_nothing_and_gives_the_text_back(cria):
     assert cria.encode(STORY) == [0, *ids]
 
 
-def test_it_tells_the_recorded_story(cria, recorded):
-    """At temperature 0, in full, and it comes to an end by itself."""
-    sample = recorded["samples"][0]
-    answer = cria.generate(sample["prompt"], temperature=0)
-    assert answer.text == sample["text"]
-    assert answer.finish_reason == sample["finish_reason"] == "stop"
+@pytest.mark.parametrize("kernels", ["reference", *cpu.isas()])
+def test_it_tells_the_recorded_stories(kernels, recorded):
+    """At temperature 0 and drawn by seed, each in full to its end, whichever kernels compute it in float32."""
+    llm = LLM("cria", dtype="fp32", kernels=kernels)
+    for sample in recorded["samples"][: 2 if kernels == "reference" else None]:
+        answer = llm.generate(sample["prompt"], temperature=sample["temperature"], seed=sample["seed"])
+        assert (answer.text, answer.finish_reason) == (sample["text"], "stop")
 
 
 def test_the_readme_shows_the_recorded_figures_and_stories(recorded):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -81,6 +85,24 @@ def test_logits_are_those_the_greedy_answer_came_from(llm: LLM) -> None:
     assert logits.shape == (len(ids) + 8, llm.config.vocab_size)
     assert logits.dtype == np.float32
     assert tuple(logits[len(ids) - 1 : -1].argmax(-1).tolist()) == made
+
+
+def test_token_ids_of_any_integer_type_are_taken_as_they_are(llm: LLM) -> None:
+    ids = llm.encode(PROMPT)
+    expected = llm.generate(ids, temperature=0, max_tokens=5)
+    assert llm.generate(np.array(ids), temperature=0, max_tokens=5).token_ids == expected.token_ids
+    assert expected.prompt_tokens == len(ids)
+
+
+def test_the_stop_tokens_of_config_json_end_an_answer(llm: LLM, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llm.path, folder)
+    (folder / "generation_config.json").unlink()
+    whole = llm.generate(PROMPT, temperature=0, max_tokens=12).token_ids
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [1, whole[5]]}))
+    answer = LLM(folder).generate(PROMPT, temperature=0, max_tokens=12)
+    assert (answer.finish_reason, answer.token_ids) == ("stop", whole[: whole.index(whole[5])])
 
 
 def test_a_base_model_has_no_roles(llm: LLM) -> None:

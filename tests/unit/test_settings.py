@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from puna.settings import puna_home
+from puna.errors import UsageError
+from puna.settings import puna_home, typed_path
 
 
 @pytest.mark.parametrize(
@@ -37,3 +38,12 @@ def test_relative_puna_home_is_made_absolute(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PUNA_HOME", "here")
     assert puna_home() == tmp_path / "here"
+
+
+def test_a_home_folder_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert typed_path("~/x") == Path.home() / "x"
+    with pytest.raises(UsageError, match="~nobody-of-that-name/x: there is no such home folder"):
+        typed_path("~nobody-of-that-name/x")
+    monkeypatch.setenv("PUNA_HOME", "~nobody-of-that-name/x")
+    with pytest.raises(UsageError, match="home folder"):
+        puna_home()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from puna.cli import flags, terminal
 from puna.cli.run import figures, verdict, with_seed
 from puna.errors import ContextError, PunaError, UsageError
-from puna.settings import RunSettings, puna_home
+from puna.settings import RunSettings, puna_home, typed_path
 from puna.text.chat import Message
 from puna.types import Sampling
 from puna.weights.files import read_json
@@ -330,7 +330,7 @@ class _Chat:
 def _file(name: str, command: str) -> Path:
     if not name:
         raise UsageError(f"{command} needs a file's name.", remedy=f"For example: {command} chat.json")
-    return Path(name).expanduser()
+    return typed_path(name)
 
 
 def _plain(value: Any) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ from puna import __version__
 from puna.cli import terminal
 from puna.kernels import ops
 from puna.settings import DoctorSettings, puna_home
+from puna.weights.fetch import free_space
 
 PACKAGES = (
     "numpy", "tokenizers", "tiktoken", "sentencepiece", "huggingface_hub", "jinja2", "rich", "torch",
@@ -133,11 +133,8 @@ def _hub_cache() -> Path:
 
 
 def _folder(path: Path) -> dict[str, Any]:
-    """A folder and the room on its disk; a folder that is not there yet has that of the first above it that is."""
-    place = path
-    while not place.exists():
-        place = place.parent
-    return {"path": str(path), "exists": path.exists(), "free_bytes": shutil.disk_usage(place).free}
+    """A folder and the room on its disk."""
+    return {"path": str(path), "exists": path.exists(), "free_bytes": free_space(path)}
 
 
 def _read(path: Path) -> str:

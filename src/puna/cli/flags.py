@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from puna.errors import UsageError
-from puna.settings import Flag, Settings
+from puna.settings import Flag, Settings, typed_path
 
 S = TypeVar("S", bound=Settings)
 
@@ -28,6 +28,11 @@ class HelpWanted(Exception):  # noqa: N818 - a request that was heard, not an er
 
 
 class _Parser(argparse.ArgumentParser):
+    def _parse_optional(self, arg_string: str) -> Any:
+        """A text with spaces that begins with a dash is a text, also where argparse sees a short flag (`-h`) in it."""
+        text = " " in arg_string and not arg_string.startswith("--")
+        return None if text else super()._parse_optional(arg_string)
+
     def error(self, message: str) -> NoReturn:
         """A UsageError in place of argparse's exit."""
         raise UsageError(_sentence(message.removeprefix("argument ")), remedy=f"`{self.prog} --help` shows the flags.")
@@ -191,7 +196,7 @@ def _reader(kind: Any) -> Callable[[str], Any]:
     if kind is float:
         return _number(float, "a number")
     if kind in (Path, Path | None):
-        return lambda word: Path(word).expanduser()
+        return typed_path
     return str
 
 

@@ -136,7 +136,15 @@ def _unread() -> int:
 
 
 def _speak_any_language() -> None:
-    """Pipes and files get UTF-8, as stdin is read; a terminal that lacks a character shows its code."""
+    """Pipes and files get UTF-8, as stdin is read; a terminal that lacks a character shows its code.
+
+    A stream that was closed before the start (`>&-`, a program without a console) is None in Python: what is said
+    there goes nowhere.
+    """
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from puna.catalog import models as catalog
 from puna.cli import terminal
 from puna.errors import UsageError
 from puna.settings import PullSettings
 
 if TYPE_CHECKING:
-    from puna.weights.hub import Progress, Pulled
+    from puna.weights.fetch import Progress
+    from puna.weights.hub import Pulled
 
 
 def main(settings: PullSettings) -> int:
@@ -24,6 +26,9 @@ def main(settings: PullSettings) -> int:
             "--revision and --original are the hub's, and --meta-url fetches from Meta.",
             remedy="Leave them out: Meta's link has one revision, and its files are the original ones.",
         )
+    entry = catalog.find(settings.name)
+    if entry is not None and not entry.runnable:
+        terminal.note(f"note: {entry.name} can be fetched, not run yet: {entry.not_runnable_because}.")
     with terminal.bar() as show:
         if show is None:
             terminal.note(f"Fetching {settings.name} ...")

@@ -99,7 +99,7 @@ def bar() -> Iterator[Callable[[str, int, int], None] | None]:
     from rich import progress
 
     columns = (
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
         progress.DownloadColumn(),
         progress.TransferSpeedColumn(),
@@ -138,6 +138,9 @@ class Waiting:
     def _show(self) -> None:
         if self._done.wait(PATIENCE):
             return
-        with console(sys.stderr).status(self._say()) as status:
+        from rich.text import Text
+
+        # As Text: in a plain str rich takes a path's square brackets for its markup.
+        with console(sys.stderr).status(Text(self._say())) as status:
             while not self._done.wait(0.2):
-                status.update(self._say())
+                status.update(Text(self._say()))

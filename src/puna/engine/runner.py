@@ -8,6 +8,7 @@ What is surprising: `logits` come back as NumPy float32 from every device; sampl
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import numpy as np
@@ -41,18 +42,41 @@ def capacity_for(needed: int, config: DecoderConfig, current: int) -> int:
     return min(max(needed, 2 * current, SMALLEST_CACHE), config.context_length)
 
 
-class HostRunner:
-    """The model on the CPU: NumPy arrays, float32 activations and cache."""
+class GrowingCache(ABC):
+    """The half of a runner that every device shares: the cache of one sequence, which grows as it fills."""
 
-    def __init__(self, config: DecoderConfig, weights: DecoderWeights) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         self.config = config
-        self._weights = weights
         self._cache: KVCache | None = None
 
     def reset(self, expected: int) -> None:
         """See Runner. A cache that is large enough is used again."""
         if self._cache is None or self._cache.capacity < expected:
             self._cache = self._empty(capacity_for(expected, self.config, 0))
+
+    @abstractmethod
+    def _empty(self, capacity: int) -> KVCache:
+        """A cache with room for `capacity` positions, on the device."""
+
+    def _room(self, needed: int) -> KVCache:
+        """The cache with room for `needed` positions, what it holds kept."""
+        old = self._cache
+        if old is not None and old.capacity >= needed:
+            return old
+        new = self._empty(capacity_for(needed, self.config, old.capacity if old else 0))
+        if old is not None:
+            for before, after in zip((*old.keys, *old.values), (*new.keys, *new.values), strict=True):
+                after[:, : old.capacity] = before
+        self._cache = new
+        return new
+
+
+class HostRunner(GrowingCache):
+    """The model on the CPU: NumPy arrays, float32 activations and cache."""
+
+    def __init__(self, config: DecoderConfig, weights: DecoderWeights) -> None:
+        super().__init__(config)
+        self._weights = weights
 
     def run(self, tokens: list[int], start: int) -> Logits:
         """See Runner."""
@@ -72,15 +96,3 @@ class HostRunner:
 
     def _empty(self, capacity: int) -> KVCache:
         return decoder.make_cache(self.config, 1, capacity, lambda shape: np.zeros(shape, np.float32))
-
-    def _room(self, needed: int) -> KVCache:
-        """The cache with room for `needed` positions, what it holds kept."""
-        old = self._cache
-        if old is not None and old.capacity >= needed:
-            return old
-        new = self._empty(capacity_for(needed, self.config, old.capacity if old else 0))
-        if old is not None:
-            for before, after in zip((*old.keys, *old.values), (*new.keys, *new.values), strict=True):
-                after[:, : old.capacity] = before
-        self._cache = new
-        return new

@@ -16,6 +16,8 @@ import numpy.typing as npt
 from puna.kernels import ops
 from puna.types import Sampling
 
+_NO_NUMBERS = "the model's logits are not numbers"
+
 
 class Sampler:
     """Draws token ids from logits [V] for one request; the same seed gives the same draws."""
@@ -25,11 +27,11 @@ class Sampler:
         self._random: np.random.Generator | None = None
 
     def pick(self, logits: npt.NDArray[np.float32]) -> int:
-        """The next token's id. Raises FloatingPointError when the logits hold NaN: the weights are damaged."""
+        """The next token's id. Raises FloatingPointError for NaN or infinite logits: the weights are damaged."""
         if self._sampling.temperature == 0:
             token = int(ops.argmax(logits))
-            if np.isnan(logits[token]):
-                raise FloatingPointError("the model's logits are not numbers")
+            if not np.isfinite(logits[token]):
+                raise FloatingPointError(_NO_NUMBERS)
             return token
         probabilities = distribution(logits, self._sampling)
         if self._random is None:
@@ -41,9 +43,12 @@ class Sampler:
 
 def distribution(logits: npt.NDArray[np.float32], sampling: Sampling) -> npt.NDArray[Any]:
     """The probabilities [V], float64, from which `pick` draws; temperature must be above 0."""
-    scores = logits.astype(np.float64) / sampling.temperature
-    if np.isnan(scores).any():
-        raise FloatingPointError("the model's logits are not numbers")
+    scores = logits.astype(np.float64)
+    largest = scores.max()
+    if not np.isfinite(largest):  # NaN is the largest of anything it is among
+        raise FloatingPointError(_NO_NUMBERS)
+    with np.errstate(over="ignore"):  # a temperature near 0 sends all but the largest to minus infinity, as it should
+        scores = (scores - largest) / sampling.temperature
     if 0 < sampling.top_k < scores.size:
         scores[scores < np.partition(scores, -sampling.top_k)[-sampling.top_k]] = -np.inf
     if sampling.top_p < 1:

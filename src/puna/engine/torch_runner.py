@@ -7,12 +7,14 @@ What is surprising: activations have the weights' type here (as in transformers)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-from puna.engine.runner import Logits, capacity_for
+from puna.engine.runner import GrowingCache, Logits
 from puna.errors import DeviceError
 from puna.kernels.layouts import BF16
 from puna.models import decoder
@@ -46,20 +48,14 @@ def describe(device: str) -> str:
     )
 
 
-class TorchRunner:
+class TorchRunner(GrowingCache):
     """The model on `device`. Raises DeviceError when torch has no such device or its memory is too small."""
 
     def __init__(self, config: DecoderConfig, weights: DecoderWeights, device: str) -> None:
-        self.config = config
+        super().__init__(config)
         self._device = open_device(device)
-        try:
+        with self._fitting("the model"):
             self._weights: DecoderWeights = tree_map(self._move, weights)
-        except torch.cuda.OutOfMemoryError as error:
-            raise DeviceError(
-                f"--device {device}: the model's weights do not fit its memory.",
-                remedy="Use --device cpu, or a smaller model.",
-            ) from error
-        self._cache: KVCache | None = None
 
     def _move(self, leaf: Any) -> torch.Tensor:
         # A copy in between, one tensor at a time: the mapped file is read-only, and torch wants what it may write to.
@@ -69,25 +65,38 @@ class TorchRunner:
 
     def reset(self, expected: int) -> None:
         """See Runner."""
-        if self._cache is None or self._cache.capacity < expected:
-            self._cache = self._empty(capacity_for(expected, self.config, 0))
+        with self._fitting(f"a conversation of {expected} tokens"):
+            super().reset(expected)
 
     @torch.inference_mode()
     def run(self, tokens: list[int], start: int) -> Logits:
         """See Runner."""
-        cache = self._room(start + len(tokens))
-        ids, positions = self._inputs(tokens, start)
-        hidden = decoder.forward(self._weights, self.config, ids, positions, cache)
-        last: Logits = decoder.logits(self._weights, hidden[:, -1])[0].float().cpu().numpy()
+        with self._fitting(f"a conversation of {start + len(tokens)} tokens"):
+            cache = self._room(start + len(tokens))
+            ids, positions = self._inputs(tokens, start)
+            hidden = decoder.forward(self._weights, self.config, ids, positions, cache)
+            last: Logits = decoder.logits(self._weights, hidden[:, -1])[0].float().cpu().numpy()
         return last
 
     @torch.inference_mode()
     def all_logits(self, tokens: list[int]) -> Logits:
         """See Runner."""
-        ids, positions = self._inputs(tokens, 0)
-        hidden = decoder.forward(self._weights, self.config, ids, positions)
-        scores: Logits = decoder.logits(self._weights, hidden)[0].float().cpu().numpy()
+        with self._fitting(f"a text of {len(tokens)} tokens"):
+            ids, positions = self._inputs(tokens, 0)
+            hidden = decoder.forward(self._weights, self.config, ids, positions)
+            scores: Logits = decoder.logits(self._weights, hidden)[0].float().cpu().numpy()
         return scores
+
+    @contextmanager
+    def _fitting(self, what: str) -> Iterator[None]:
+        """The device's memory running out, as a DeviceError that says what does not fit."""
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError as error:
+            raise DeviceError(
+                f"--device {self._device}: {what} does not fit its memory beside what is there.",
+                remedy="Use --device cpu, a smaller model, or less text (--max-tokens).",
+            ) from error
 
     def _inputs(self, tokens: list[int], start: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids = torch.tensor([tokens], dtype=torch.int32, device=self._device)
@@ -98,14 +107,3 @@ class TorchRunner:
         return decoder.make_cache(
             self.config, 1, capacity, lambda shape: torch.zeros(shape, dtype=dtype, device=self._device)
         )
-
-    def _room(self, needed: int) -> KVCache:
-        old = self._cache
-        if old is not None and old.capacity >= needed:
-            return old
-        new = self._empty(capacity_for(needed, self.config, old.capacity if old else 0))
-        if old is not None:
-            for before, after in zip((*old.keys, *old.values), (*new.keys, *new.values), strict=True):
-                after[:, : old.capacity] = before
-        self._cache = new
-        return new

@@ -153,7 +153,8 @@ def _check_split(meter: _Meter, text: str, separator: Any = None, *_: Any) -> No
 
 
 def _check_format(meter: _Meter, text: str, values: Iterable[Any]) -> None:
-    if re.search(r"%[^%a-zA-Z]*(\d{3}|\*)", text):
+    # A name in parentheses may hold anything, so where there is one every long number counts as a width.
+    if re.search(r"\d{3}|\*" if "%(" in text else r"%[^%a-zA-Z]*(\d{3}|\*)", text):
         raise _LimitError("it formats with a width of three digits or more")
     meter.reserve(text.count("%") * sum(map(_length, values)))
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +68,9 @@ class JsonTokenizer(Tokenizer):
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
         # Whether special tokens are found in a text is a state of the engine, hence the lock.
-        try:
-            with self._lock:
-                self._engine.encode_special_tokens = not special
-                ids: list[int] = self._engine.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # the library raises nothing more special than that
-            raise TokenizerError(
-                f"{self.source} cannot encode this text ({str(error)[:200]}).", remedy=REMEDY_FETCH
-            ) from error
+        with _faults_of(f"{self.source} cannot encode this text"), self._lock:
+            self._engine.encode_special_tokens = not special
+            ids: list[int] = self._engine.encode(text, add_special_tokens=False).ids
         if self._missing_bytes and (lost := self._missing_bytes.intersection(text.encode())):
             # The library would leave them out without a word.
             raise TokenizerError(
@@ -106,14 +102,19 @@ class JsonTokenizer(Tokenizer):
 def _load(path: Path, data: bytes) -> Any:
     from tokenizers import Tokenizer as Engine
 
-    try:
+    with _faults_of(f"{path} is a damaged tokenizer.json"):
         return Engine.from_buffer(data)
+
+
+@contextmanager
+def _faults_of(what: str) -> Iterator[None]:
+    """What the library raises, as a TokenizerError that says `what`."""
+    try:
+        yield
     except BaseException as error:  # Rust panics reach Python as a BaseException of no importable type
         if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
             raise
-        raise TokenizerError(
-            f"{path} is a damaged tokenizer.json ({str(error)[:200]}).", remedy=REMEDY_FETCH
-        ) from error
+        raise TokenizerError(f"{what} ({str(error)[:200]}).", remedy=REMEDY_FETCH) from error
 
 
 def _decoder_rule(path: Path, engine: Any) -> tuple[Callable[[str], bytes], bool, bool]:

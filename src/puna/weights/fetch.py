@@ -1,6 +1,7 @@
 """One URL into one file: resumed where it stopped, hashed as it arrives, refused if it grows past its size.
 
-What it is: the download loop that the hub (`hub.py`) and Meta's signed links (`meta_link.py`) share.
+What it is: the download loop that the hub (`hub.py`) and Meta's signed links (`meta_link.py`) share, and the count of
+how far a pull of several files is.
 What it is not: a cache, or a policy: the caller names the part file, knows the checksum and decides what a refusal by
 the server means.
 What is surprising: huggingface_hub has such a loop, but (2.4) it throws the partial file away when the process ends,
@@ -13,12 +14,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from puna.errors import HubError
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable, Mapping
     from pathlib import Path
     from typing import BinaryIO
@@ -35,6 +38,40 @@ _CHUNK = 1 << 20  # bytes
 _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a pull is. Bytes and files count those that were already here.
+
+    `file` is the one that moved last. `checking` is True while a file that is already here is being hashed.
+    """
+
+    file: str
+    checking: bool
+    bytes_done: int
+    bytes_total: int
+    files_done: int
+    files_total: int
+
+
+class Meter:
+    """Adds up what several threads do, and tells it to one callback, one call at a time."""
+
+    def __init__(self, bytes_total: int, files_total: int, tell: Callable[[Progress], None] | None) -> None:
+        self._lock = threading.Lock()
+        self._tell = tell
+        self._bytes_total, self._files_total = bytes_total, files_total
+        self._bytes_done = self._files_done = 0
+
+    def advance(self, file: str, change: int, *, checking: bool = False, finished: bool = False) -> None:
+        with self._lock:
+            self._bytes_done += change
+            self._files_done += finished
+            if self._tell is not None:
+                self._tell(
+                    Progress(file, checking, self._bytes_done, self._bytes_total, self._files_done, self._files_total)
+                )
+
+
 class Digest(Protocol):
     """What hashlib's objects do."""
 
@@ -45,6 +82,16 @@ class Digest(Protocol):
 
 class Stopped(Exception):  # noqa: N818 - a request that was heard, not an error
     """The transfer ended because `stop` was set. The part file stays for the next time."""
+
+
+def free_space(folder: Path) -> int:
+    """Bytes free on the disk of an absolute folder; one that is not there yet counts as the first above it that is.
+
+    Raises:
+        OSError: there is none such (a drive that is not there), or it cannot be looked at.
+    """
+    there = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+    return shutil.disk_usage(there).free
 
 
 def git_blob_sha1(size: int) -> Digest:

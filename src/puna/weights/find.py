@@ -2,7 +2,7 @@
 
 What it is: one rule, used by every command: `cria`, then a path that exists, then a pulled model's name.
 What it is not: a download. A model that was never pulled is an error that says how to pull it.
-What is surprising: a file named like a hub id wins over the hub; `./` is never needed.
+What is surprising: a file named like a hub id wins over the hub; only one named `cria` needs its `./`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from puna.errors import CheckpointError
+from puna.settings import typed_path
 
 EMBEDDED = "cria"
 """The model that ships inside the package."""
@@ -23,9 +24,12 @@ def find_model(model: str) -> Path:
     """
     if model == EMBEDDED:
         return Path(str(files("puna") / "data" / EMBEDDED))
-    path = Path(model).expanduser()
-    if path.exists():
-        return path
+    path = typed_path(model)
+    try:
+        if path.exists():
+            return path
+    except OSError as error:
+        raise CheckpointError(f"{model}: cannot be read ({error.strerror or error}).", remedy="Check it.") from error
     if looks_like_path(model):
         raise CheckpointError(
             f"{model}: no such file or folder.", remedy="Check the path; `puna list` shows models that were pulled."
@@ -36,5 +40,11 @@ def find_model(model: str) -> Path:
 
 
 def looks_like_path(model: str) -> bool:
-    """Whether a person who typed this meant a path, be there one or not."""
-    return model.startswith((".", "/", "~")) or Path(model).suffix in {".bin", ".pt", ".pth", ".safetensors", ".gguf"}
+    """Whether a person who typed this meant a path, be there one or not: a hub id has one slash, between two names."""
+    return (
+        model.startswith((".", "/", "~"))
+        or model.endswith("/")
+        or "\\" in model
+        or model.count("/") > 1
+        or Path(model).suffix in {".bin", ".pt", ".pth", ".safetensors", ".gguf"}
+    )

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,8 +28,8 @@ from puna.catalog import models as catalog
 from puna.errors import HubError
 from puna.settings import puna_home
 from puna.weights import installed as books
-from puna.weights.fetch import fetch, hash_file
-from puna.weights.hub import Meter, Progress, Pulled
+from puna.weights.fetch import Meter, Progress, fetch, free_space, hash_file
+from puna.weights.hub import Pulled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -297,7 +296,7 @@ def _expiry(query: str) -> datetime | None:
 def _make_room(folder: Path, expected: int, name: str) -> None:
     """Raises HubError if the model will not fit beside what is already there."""
     here = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    free = shutil.disk_usage(folder).free
+    free = free_space(folder)
     more = expected - here
     if more > free:
         raise HubError(

@@ -48,6 +48,9 @@ def test_dashes_that_are_not_flags() -> None:
     assert flags.read(RunSettings, ["M", "-"]).prompt == "-"
     assert flags.read(RunSettings, ["M", "-5"]).prompt == "-5"
     assert flags.read(RunSettings, ["M", "- one thing"]).prompt == "- one thing"
+    assert flags.read(RunSettings, ["M", "-hello world"]).prompt == "-hello world"
+    assert flags.read(RunSettings, ["M", "--system", "-h is a flag", ""]).system == "-h is a flag"
+    assert flags.read(RunSettings, ["M", "--system=Be kind."]).system == "Be kind."
     assert flags.read(RunSettings, ["--raw", "M", "--", "--seed"]) == RunSettings(model="M", prompt="--seed", raw=True)
 
 

@@ -120,6 +120,15 @@ def test_a_closed_pipe_ends_a_table_quietly() -> None:
     assert code in (0, 1)  # 0: all of it fitted into the pipe before it was closed
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+def test_streams_that_were_closed_before_the_start() -> None:
+    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+    for arguments, closed, code in (("models", ">&-", 0), ("run nothing-of-that-name x", ">&- 2>&-", 2)):
+        program = f"exec '{sys.executable}' -m puna {arguments} {closed}"
+        done = subprocess.run(["sh", "-c", program], env=environment, capture_output=True, text=True, timeout=20)
+        assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
 def test_help_and_version_import_nothing_heavy(program: Program) -> None:
     code = "import sys; from puna.cli.main import main; main(sys.argv[1:]); print(*sorted(sys.modules))"
     for words in (["--help"], ["--version"], ["run", "--help"], ["models"]):

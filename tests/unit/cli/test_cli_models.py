@@ -20,7 +20,8 @@ from puna.models.config import DecoderConfig
 from puna.models.rope import Rope
 from puna.settings import PullSettings
 from puna.weights import hub, meta_link
-from puna.weights.hub import Progress, Pulled
+from puna.weights.fetch import Progress
+from puna.weights.hub import Pulled
 from puna.weights.installed import PulledFile, Record, write_record
 
 Puna = Callable[..., Any]
@@ -152,6 +153,12 @@ def test_pull_hands_on_what_was_asked(puna: Puna, monkeypatch: pytest.MonkeyPatc
     }
 
 
+def test_pull_says_what_cannot_be_run_yet(puna: Puna, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "pull", lambda name, **_: pulled())
+    assert "can be fetched, not run yet: Llama 4's mixture of experts" in puna("pull", "llama4:scout").err
+    assert "not run yet" not in puna("pull", "llama3.2:1b").err
+
+
 def test_pull_from_meta(puna: Puna, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setattr(meta_link, "pull_meta", lambda *words, progress: calls.append(words) or pulled(0))
@@ -164,7 +171,8 @@ def test_pull_from_meta(puna: Puna, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_pull_shows_a_bar_at_a_terminal(terminal: Puna) -> None:
     program = (
-        "import time; from puna.weights import hub; from puna.weights.hub import Progress, Pulled\n"
+        "import time; from puna.weights import hub; from puna.weights.fetch import Progress\n"
+        "from puna.weights.hub import Pulled\n"
         "from pathlib import Path\nfrom puna.cli.main import main\n"
         "def pull(name, *, progress, **_):\n"
         "    for done in (10, 500_000, 2_000_000):\n"

@@ -157,9 +157,7 @@ def test_the_books_are_checked() -> None:
 
 def test_the_cache_grows_without_changing_the_answer() -> None:
     rng = np.random.default_rng(0)
-    weights = decoder.build(
-        CONFIG, lambda name: rng.normal(0, 0.4, decoder.shapes(CONFIG)[name]).astype(np.float32)
-    )
+    weights = decoder.build(CONFIG, lambda name: rng.normal(0, 0.4, decoder.shapes(CONFIG)[name]).astype(np.float32))
     prompt = [int(i) for i in rng.integers(0, 101, 240)]
     grown = answer(Engine(HostRunner(CONFIG, weights)), prompt, Sampling(temperature=0, max_tokens=None, seed=1))[0]
     roomy = HostRunner(CONFIG, weights)

@@ -58,9 +58,16 @@ def test_same_seed_same_draws_and_they_follow_the_distribution() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_nan_is_never_sampled(temperature: float) -> None:
+@pytest.mark.parametrize("fault", [np.nan, np.inf])
+def test_what_is_no_number_is_never_sampled(temperature: float, fault: float) -> None:
     with pytest.raises(FloatingPointError):
-        Sampler(Sampling(temperature=temperature)).pick(np.array([0.0, np.nan, 1.0], np.float32))
+        Sampler(Sampling(temperature=temperature)).pick(np.array([0.0, fault, 1.0], np.float32))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_temperature_next_to_nothing_takes_the_largest() -> None:
+    logits = np.array([1.0, -7.0, 3.0], np.float32)
+    assert distribution(logits, Sampling(temperature=5e-324)).tolist() == [0.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -75,6 +82,7 @@ def test_nan_is_never_sampled(temperature: float) -> None:
         ("seed", -1),
         ("max_tokens", 0),
         ("stop", ("",)),
+        ("stop", "END"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(field: str, value: object) -> None:

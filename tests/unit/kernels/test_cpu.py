@@ -1,7 +1,7 @@
 """The C++ ops against their definition in NumPy (in float64), per instruction set, weight type and odd size.
 
-What is surprising: with bfloat16 weights the tolerance is that of activations rounded to bfloat16, whichever
-instruction set runs, because AVX-512 BF16 does round them.
+What is surprising: activations are mostly drawn from the numbers that bfloat16 holds, because AVX-512 BF16 rounds them
+to it beside bfloat16 weights; so one tight tolerance serves every instruction set.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from puna.errors import DeviceError
 from puna.kernels import reference as ref
-from puna.kernels.layouts import BF16, Weight, convert, to_float32
+from puna.kernels.layouts import BF16, Weight, convert, to_bf16, to_float32
 
 cpu = pytest.importorskip("puna.kernels.cpu", reason="the C++ extension is not built here")
 
@@ -50,11 +50,22 @@ def assert_close(got: npt.NDArray[Any], want: npt.NDArray[Any], tolerance: float
 
 
 def check_linear(rows: int, inner: int, out: int, dtype: str, bias: bool = False) -> None:
-    x, weight = normal(1, rows, inner), convert(normal(2, out, inner), dtype)
+    """Activations that bfloat16 holds exactly, so that every instruction set must give the same sums."""
+    x, weight = to_float32(to_bf16(normal(1, rows, inner))), convert(normal(2, out, inner), dtype)
     addend = convert(normal(3, out), dtype) if bias else None
     want = ref.linear(x.astype(np.float64), weight, addend)
-    # One product of rounded activations is off by up to 2^-8; over a sum of many the errors average out.
-    assert_close(cpu.linear(x, weight, addend), want, 8e-3 if dtype == "bf16" else 5e-6)
+    assert_close(cpu.linear(x, weight, addend), want, 5e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_linear_of_bf16_rounds_activations_at_most_to_bf16(rows: int) -> None:
+    x, weight = normal(1, rows, 300), to_bf16(normal(2, 40, 300))
+    got = cpu.linear(x, weight)
+    exact = ref.linear(x.astype(np.float64), weight)
+    rounded = ref.linear(to_float32(to_bf16(x)).astype(np.float64), weight)
+    scale = float(np.max(np.abs(exact)))
+    error = min(float(np.max(np.abs(got - want))) for want in (exact, rounded))
+    assert error <= 5e-6 * scale
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

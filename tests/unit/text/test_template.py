@@ -86,6 +86,8 @@ BOMBS = {
     "join method": "{% set x = 'x' * 100000 %}{{ x.join('y' * 100000) }}",
     "join of a generator": "{% set x = 'x' * 100000 %}{{ range(99999) | map('string') | join(x) }}",
     "width": "{{ '%1000000000d' % 1 }}",
+    "width after a name": "{{ '%(a)900000000d' % {'a': 1} }}",
+    "width after a name, filter": "{{ '%(a)900000000d' | format(a=1) }}",
     "width of the filter": "{{ '%*d' | format(1000000000, 1) }}",
     "str.format": "{{ '{:1000000000}'.format(1) }}",
     "center": "{{ 'x' | center(1000000000) }}",

@@ -384,6 +384,20 @@ def test_text_that_a_tokenizer_json_has_no_tokens_for_is_refused(byte_level_fold
         load_tokenizer(byte_level_folder).encode("hazy")
 
 
+def test_a_panic_of_the_library_is_a_tokenizer_error(byte_level_folder: Path) -> None:
+    class Panic(BaseException):
+        """As pyo3's PanicException, which cannot be imported."""
+
+    class Engine:
+        def encode(self, text: str, add_special_tokens: bool) -> None:
+            raise Panic("index out of bounds")
+
+    tokenizer = load_tokenizer(byte_level_folder)
+    tokenizer._engine = Engine()
+    with pytest.raises(TokenizerError, match=r"cannot encode this text \(index out of bounds\)"):
+        tokenizer.encode("a")
+
+
 def test_sentencepiece_knows_its_own_begin_and_end(tmp_path: Path) -> None:
     from sentencepiece import SentencePieceTrainer
 

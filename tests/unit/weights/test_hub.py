@@ -22,8 +22,9 @@ from huggingface_hub import constants, hf_hub_download
 
 from puna.errors import HubError
 from puna.weights import fetch as fetch_module
-from puna.weights import hub as hub_module
-from puna.weights.hub import Progress, pull, remove, resolve
+from puna.weights import hub_job, hub_listing
+from puna.weights.fetch import Progress
+from puna.weights.hub import pull, remove, resolve
 from puna.weights.installed import installed, read_record
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def test_files_lie_in_the_hubs_cache_for_other_programs(hub: FakeHub) -> None:
 def test_second_pull_fetches_and_hashes_nothing(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     pull(NAME)
     hub.requests.clear()
-    monkeypatch.setattr(hub_module, "hash_file", lambda *a, **k: pytest.fail("hashed again"))
+    monkeypatch.setattr(hub_job, "hash_file", lambda *a, **k: pytest.fail("hashed again"))
     done = pull(NAME)
     assert done.bytes_fetched == 0
     assert all(request.path.startswith("/api/") for request in hub.requests)
@@ -149,6 +150,16 @@ def test_sharded_model_comes_with_its_index(hub: FakeHub) -> None:
     hub.repositories[NAME] = Repository({**BESIDE, **UNWANTED, "model.safetensors.index.json": INDEX, **SHARDS})
     done = pull(NAME)
     assert {file.path for file in done.files} == {*BESIDE, *SHARDS, "model.safetensors.index.json"}
+
+
+def test_shards_by_other_names(hub: FakeHub) -> None:
+    for names in (("model-00001-of-000002", "model-00002-of-000002"), ("part-a", "part-b")):
+        shards = {f"{name}.safetensors": content for name, content in zip(names, SHARDS.values(), strict=True)}
+        hub.repositories[NAME] = Repository({**BESIDE, "model.safetensors.index.json": INDEX, **shards})
+        assert shards.keys() < {file.path for file in pull(NAME).files}
+    hub.repositories[NAME] = Repository({**BESIDE, "model.safetensors.index.json": INDEX})
+    with pytest.raises(HubError, match="no safetensors weights"):
+        pull(NAME)
 
 
 def test_original_files_on_request(hub: FakeHub) -> None:
@@ -500,7 +511,7 @@ def test_hostile_listing(hub: FakeHub, item: dict[str, object]) -> None:
 
 
 def test_listing_without_end(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "_MAX_FILES", 5)
+    monkeypatch.setattr(hub_listing, "_MAX_FILES", 5)
     with pytest.raises(HubError, match="lists more than 5 files"):
         pull(NAME)
 
@@ -526,7 +537,7 @@ def test_disk_full_on_the_way(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> 
     def full(*args: object, **options: object) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(hub_module, "fetch", full)
+    monkeypatch.setattr(hub_job, "fetch", full)
     with pytest.raises(HubError, match="The disk is full") as caught:
         pull(NAME)
     assert "HF_HUB_CACHE" in caught.value.remedy

@@ -16,7 +16,8 @@ from hub_server import FakeHub
 from puna.catalog import models as catalog
 from puna.errors import HubError
 from puna.weights import fetch as fetch_module
-from puna.weights.hub import Progress, remove, resolve
+from puna.weights.fetch import Progress
+from puna.weights.hub import remove, resolve
 from puna.weights.installed import installed, read_record
 from puna.weights.meta_link import pull_meta
 
