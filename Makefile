@@ -46,7 +46,7 @@ format: $(VENV)/dev.stamp ## let ruff put the layout right
 test-slow: $(VENV)/core.stamp $(VENV)/dev.stamp ## the long suites: all 10,000 strings a tokenizer, larger fuzzing
 	$(BIN)/python -m pytest -m slow
 
-test-peers: $(VENV)/core.stamp $(VENV)/dev.stamp ## compare with other engines (compiles llama.cpp: minutes)
+test-peers: $(VENV)/core.stamp $(VENV)/dev.stamp ## have another engine (CTranslate2) run what Puna converted
 	$(BIN)/python -m pip install --quiet --group peers
 	$(BIN)/python -m pytest -m peers
 

@@ -107,7 +107,7 @@ def test_the_stop_tokens_of_config_json_end_an_answer(llm: LLM, tmp_path: Path) 
 
 def test_a_base_model_has_no_roles(llm: LLM) -> None:
     assert llm.chat_format is None
-    with pytest.raises(ChatFormatError, match="base model"):
+    with pytest.raises(ChatFormatError, match="has no chat format"):
         llm.encode([Message("user", "Hello")])
     with pytest.raises(UsageError, match="system message"):
         llm.encode("Hello", system="Be brief.")
