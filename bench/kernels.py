@@ -2,7 +2,7 @@
 
 What it is: medians of repeated calls on this machine, with GB/s of the bytes that must be read and GFLOP/s of the
 arithmetic that must be done, for the shapes of Llama 3.2 1B (and tiny ones, where only the overhead counts).
-What it is not: a comparison with anyone; `puna bench` runs whole models beside their peers.
+What it is not: a comparison with anyone; `bench/decoder.py` runs a whole model beside transformers.
 What is surprising: a busy machine halves everything; each line carries the load average, and `best` beside `median`.
 
     python bench/kernels.py [--isa avx512,avx2] [--threads 2] [--only linear] [--seconds 0.5]

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from puna.text.chat import ChatFormat, Message
     from puna.text.tokenizer import Tokenizer
 
+_settled: str | None = None
+"""The choice of kernels that the last LLM to compute has made."""
+
 
 class LLM:
     """A model ready to answer.
@@ -51,7 +54,8 @@ class LLM:
             raise UsageError(
                 f"--kernels {kernels} is about the CPU, and --device is {device}.", remedy="Leave one of them out."
             )
-        ops.select(kernels)
+        self._choice = kernels
+        self.settle_kernels()
         self.name = str(model)
         self.path = find_model(self.name)
         loaded = load(self.path, dtype=dtype, tokenizer=Path(tokenizer) if tokenizer is not None else None)
@@ -71,6 +75,13 @@ class LLM:
             self.kernels = f"torch {device}"
         self._runner = runner
         self._engine = Engine(runner)
+
+    def settle_kernels(self) -> None:
+        """Have this model's kernels serve: one choice holds for the process, and another LLM may have made its own."""
+        global _settled
+        if self._choice != _settled:
+            ops.select(self._choice)
+            _settled = self._choice
 
     def encode(self, prompt: str | Sequence[Message], *, system: str | None = None, raw: bool = False) -> list[int]:
         """The token ids that `stream` starts from: BOS and the text, or the chat rendered by the model's own format.
@@ -93,6 +104,10 @@ class LLM:
                 remedy="Give it a text to continue instead.",
             )
         messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
+        if not all(isinstance(message, Message) for message in messages):
+            raise UsageError(
+                "A conversation is a list of messages.", remedy='Make each a puna.text.chat.Message("user", "...").'
+            )
         if system is not None:
             messages = [Message("system", system), *messages]
         return self.chat_format.encode(messages, self.tokenizer)
@@ -139,6 +154,7 @@ class LLM:
         """Logits after every token of a text (or of ids): float32 [T, V]. Raises ContextError when it is too long."""
         ids = self.encode(prompt, raw=raw) if isinstance(prompt, str) else list(prompt)
         self._engine.check_prompt(ids, answer=0)
+        self.settle_kernels()
         return self._runner.all_logits(ids)
 
 
@@ -187,6 +203,7 @@ class Stream:
 
     def _advance(self) -> str:
         """One step of the engine; the text it makes certain, often none."""
+        self._llm.settle_kernels()
         progress = self._engine.step()
         self.prefilled, self._reused = progress.prefilled, progress.reused
         if progress.token is None and progress.finish is None:

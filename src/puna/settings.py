@@ -19,7 +19,8 @@ from puna.errors import UsageError
 from puna.types import DTYPES, KERNELS, Sampling
 
 ENVIRONMENT = {
-    "PUNA_HOME": "the folder where Puna keeps its state (default: `puna` in the platform's data folder)",
+    "PUNA_HOME": "the folder where Puna keeps its state: what was pulled, and the lines typed in chats "
+    "(default: `puna` in the platform's data folder)",
     "PUNA_DEBUG": "set to anything but 0: as `--debug`",
 }
 """Every environment variable Puna reads, and what it does; none is needed."""

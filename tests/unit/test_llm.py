@@ -11,6 +11,7 @@ import pytest
 
 from puna import LLM
 from puna.errors import ChatFormatError, ContextError, DeviceError, UsageError
+from puna.kernels import ops
 from puna.text.chat import Message
 
 PROMPT = "Once upon a time"
@@ -105,6 +106,18 @@ def test_the_stop_tokens_of_config_json_end_an_answer(llm: LLM, tmp_path: Path) 
     assert (answer.finish_reason, answer.token_ids) == ("stop", whole[: whole.index(whole[5])])
 
 
+def test_a_broken_chat_template_leaves_raw_text(llm: LLM, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llm.path, folder)
+    (folder / "chat_template.jinja").write_text("{{ messages")
+    broken = LLM(folder)
+    assert broken.generate(PROMPT, raw=True, temperature=0, max_tokens=3).text
+    with pytest.raises(ChatFormatError, match=r"cannot be used.*\n.*--raw"):
+        broken.stream(PROMPT)
+    with pytest.raises(UsageError, match="list of messages"):
+        broken.stream([{"role": "user", "content": "a"}])
+
+
 def test_a_base_model_has_no_roles(llm: LLM) -> None:
     assert llm.chat_format is None
     with pytest.raises(ChatFormatError, match="has no chat format"):
@@ -133,6 +146,19 @@ def test_dtypes_and_kernels_agree(llm: LLM) -> None:
     for options in ({"dtype": "fp32"}, {"dtype": "fp32", "kernels": "reference"}):
         assert np.abs(LLM("cria", **options).logits(ids) - auto).max() < 0.02 * scale  # bf16 rounding of activations
     LLM("cria")  # back to auto
+
+
+def test_two_models_keep_their_own_kernels() -> None:
+    one, two = LLM("cria", kernels="reference"), LLM("cria")
+    stream, other = one.stream(PROMPT, temperature=0, max_tokens=4), two.stream(PROMPT, temperature=0, max_tokens=4)
+    for _ in range(3):
+        next(stream)
+        assert ops.summary() == one.kernels
+        next(other)
+        assert ops.summary() == two.kernels
+    one.logits(PROMPT)
+    assert ops.summary() == one.kernels == "NumPy reference"
+    two.logits(PROMPT)
 
 
 def test_a_device_that_is_not_there_is_refused_with_a_remedy() -> None:

@@ -9,6 +9,7 @@ its cache and computes only what is new. Ctrl-C stops an answer and keeps what t
 from __future__ import annotations
 
 import json
+import os
 import sys
 import typing
 from collections.abc import Callable, Mapping
@@ -58,7 +59,10 @@ class Session:
     messages: list[Message] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
-        """Write the session as JSON. Raises UsageError when the file cannot be written."""
+        """Write the session as JSON, whole or not at all, over an older session but over no other file.
+
+        Raises UsageError when the file is another, or cannot be written.
+        """
         data = {
             "format": FORMAT,
             "version": VERSION,
@@ -68,9 +72,17 @@ class Session:
             "messages": [asdict(message) for message in self.messages],
             "sampling": asdict(self.sampling),
         }
+        if path.is_file():
+            try:
+                load_session(path)
+            except PunaError as error:
+                raise UsageError(f"{path}: is there, and no saved chat.", remedy="Name another file.") from error
+        part = path.with_name(path.name + ".part")
         try:
-            path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            os.replace(part, path)
         except (OSError, UnicodeEncodeError) as error:
+            part.unlink(missing_ok=True)
             raise UsageError(f"{path}: cannot be written ({error}).", remedy="Name another file.") from error
 
 

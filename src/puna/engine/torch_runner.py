@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from puna.engine.runner import GrowingCache, Logits
-from puna.errors import DeviceError
-from puna.kernels.layouts import BF16
+from puna.errors import DeviceError, UsageError
+from puna.kernels.layouts import BF16, dtype_name
 from puna.models import decoder
 from puna.models.config import DecoderConfig
-from puna.models.tree import DecoderWeights, KVCache, tree_map
+from puna.models.tree import DecoderWeights, KVCache, leaves, tree_map
 
 
 def open_device(device: str) -> torch.device:
@@ -49,10 +49,20 @@ def describe(device: str) -> str:
 
 
 class TorchRunner(GrowingCache):
-    """The model on `device`. Raises DeviceError when torch has no such device or its memory is too small."""
+    """The model on `device`.
+
+    Raises DeviceError when torch has no such device or its memory is too small, and UsageError for weights of several
+    types.
+    """
 
     def __init__(self, config: DecoderConfig, weights: DecoderWeights, device: str) -> None:
         super().__init__(config)
+        types = {dtype_name(leaf) for name, leaf in leaves(weights) if name != "inv_freq"}
+        if len(types) > 1:  # torch multiplies like with like only
+            raise UsageError(
+                f"--device {device}: the weights are stored in several types ({', '.join(sorted(types))}).",
+                remedy="Name the one to compute in with --dtype.",
+            )
         self._device = open_device(device)
         with self._fitting("the model"):
             self._weights: DecoderWeights = tree_map(self._move, weights)

@@ -271,13 +271,13 @@ def read_meta(data: Mapping[str, Any], source: str = "params.json", *, vocab_siz
     dim, heads = f.integer("dim"), f.integer("n_heads")
     said_vocab = f.integer("vocab_size", -1, least=-1, most=1 << 24)
     vocab = said_vocab if said_vocab > 0 else vocab_size
-    if vocab is None:
-        raise f.fault("vocab_size", "is -1 and there is no embedding or tokenizer to count")
+    if not vocab:
+        raise f.fault("vocab_size", "is -1 and there is no embedding to count the rows of")
     if vocab_size is not None and vocab != vocab_size:
         raise f.fault("vocab_size", f"is {vocab}, and the embedding has {vocab_size} rows")
-    if dim % heads:
+    if not f.has("head_dim") and dim % heads:
         raise f.fault("dim", f"({dim}) is not a multiple of n_heads ({heads})")
-    head_dim = f.integer("head_dim", dim // heads)
+    head_dim = f.integer("head_dim", max(1, dim // heads))
     multiplier = f.number("ffn_dim_multiplier", 1.0)
     hidden = (
         f.integer("hidden_dim") if f.has("hidden_dim") else llama2.hidden_dim(dim, f.integer("multiple_of"), multiplier)
@@ -295,7 +295,11 @@ def read_meta(data: Mapping[str, Any], source: str = "params.json", *, vocab_siz
             original_context=llama3.SCALING_3_1.original_context,
         )
     rope = Rope(head_dim, theta, llama3=scaling)
-    context = _meta_context(f, vocab, rope, grouped=f.has("n_kv_heads") or f.has("ffn_dim_multiplier"))
+    # Llama 1's norm_eps is 1e-6 in the 7B and 13B and 1e-5 in the 33B and 65B. Llama 2's is 1e-5; its 7B and 13B have
+    # no other key that tells them, and its 70B, as wide as the 65B, has those of grouped attention.
+    grouped = f.has("n_kv_heads") or f.has("ffn_dim_multiplier")
+    second = grouped or (f.number("norm_eps") == 1e-5 and dim <= llama2.WIDEST_UNGROUPED)
+    context = _meta_context(f, vocab, rope, llama2.CONTEXT if second else llama1.CONTEXT)
     config = DecoderConfig(
         generation=_generation(vocab, context, rope),
         vocab_size=vocab,
@@ -313,14 +317,17 @@ def read_meta(data: Mapping[str, Any], source: str = "params.json", *, vocab_siz
     )
     _check(config, source)
     f.ignore("max_batch_size", "model_parallel_size", "lora_args", "quantization_args")
-    for key in ("lora_args", "quantization_args"):
+    for key in ("lora_args", "quantization_args", "moe_args", "vision_args", "vision_chunk_size"):
         if f.has(key):
             raise f.fault(key, "asks for something Puna does not implement")
     return ReadConfig(config, f.unread())
 
 
-def _meta_context(f: Fields, vocab: int, rope: Rope, *, grouped: bool) -> int:
-    """Context length as trained; `params.json` does not say it, `max_seq_len` (a setting of Meta's code) may."""
+def _meta_context(f: Fields, vocab: int, rope: Rope, early: int) -> int:
+    """Context length as trained (`early` for a Llama 1 or 2).
+
+    `params.json` does not say it; `max_seq_len`, a setting of Meta's code, may.
+    """
     known = {"codellama": llama2.CODE_CONTEXT, "llama3": llama3.CONTEXT_3, "llama3.1": llama3.CONTEXT_3_1}
     if rope.llama3 is not None:
         default = known["llama3.1"]
@@ -329,35 +336,47 @@ def _meta_context(f: Fields, vocab: int, rope: Rope, *, grouped: bool) -> int:
     elif rope.theta == llama2.CODE_ROPE_THETA:
         default = known["codellama"]
     else:
-        # Llama 1's norm_eps is 1e-6 for 7B/13B and 1e-5 for 33B/65B, Llama 2's 1e-5: only the newer keys tell them
-        # apart, so a file without them gets the shorter context unless it says otherwise.
-        default = llama2.CONTEXT if grouped or f.number("norm_eps") == 1e-5 else llama1.CONTEXT
+        default = early
     return f.integer("max_seq_len", default, most=1 << 26)
 
 
 def write_meta(config: DecoderConfig) -> dict[str, Any]:
-    """Meta's `params.json` for this config, with `hidden_dim`, `head_dim` and `max_seq_len` said outright.
+    """Meta's `params.json` for this config, in the keys that Meta's own code knows.
 
-    Raises ConfigError for what Meta's layout cannot express (biases, linear rope scaling).
+    It refuses others, so `head_dim`, `max_seq_len` and the factors of the scaled rope, which it has built in, are said
+    only for a model that differs there. Raises ConfigError for what the layout cannot express (biases, linear rope
+    scaling).
     """
     if config.attention_bias or config.mlp_bias:
         raise ConfigError("Meta's layout has no biases, and this model has some.", remedy="Convert to safetensors.")
     if config.rope.linear_factor != 1.0:
         raise ConfigError("Meta's layout has no linear rope scaling.", remedy="Convert to safetensors.")
     params: dict[str, Any] = {
-        "dim": config.dim, "n_layers": config.layers, "n_heads": config.heads, "n_kv_heads": config.kv_heads,
-        "head_dim": config.head_dim, "hidden_dim": config.hidden_dim, "vocab_size": config.vocab_size,
-        "norm_eps": config.norm_eps, "rope_theta": config.rope.theta, "max_seq_len": config.context_length,
-        "tied_embeddings": config.tied_head, "use_scaled_rope": config.rope.llama3 is not None,
+        "dim": config.dim, "n_layers": config.layers, "n_heads": config.heads, "vocab_size": config.vocab_size,
+        "norm_eps": config.norm_eps, "multiple_of": config.hidden_dim,
     }  # fmt: skip
+    # Any width up to `multiple_of` is rounded up to it; a larger one must be made smaller first.
+    if (width := llama2.hidden_dim(config.dim, 1)) > config.hidden_dim:
+        params["ffn_dim_multiplier"] = (config.hidden_dim + 0.5) / width
+    if config.kv_heads != config.heads:
+        params["n_kv_heads"] = config.kv_heads
+    if config.rope.theta != llama1.ROPE_THETA:
+        params["rope_theta"] = config.rope.theta
+    if config.head_dim * config.heads != config.dim:
+        params["head_dim"] = config.head_dim
     if (s := config.rope.llama3) is not None:
+        params["use_scaled_rope"] = True
         built_in = llama3.SCALING_3_1
         if (s.low_freq_factor, s.original_context) != (built_in.low_freq_factor, built_in.original_context):
             raise ConfigError(
                 "Meta's layout has low_freq_factor and the original context built in, and this model's differ.",
                 remedy="Convert to safetensors.",
             )
+    understood = read_meta(params).config
+    if s is not None and understood.rope.llama3 != s:
         params |= {"rope_scaling_factor": s.factor, "rope_high_freq_factor": s.high_freq_factor}
+    if understood.context_length != config.context_length:
+        params["max_seq_len"] = config.context_length
     return params
 
 

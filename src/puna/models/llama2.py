@@ -10,6 +10,9 @@ What is surprising: Meta's files do not store the width of the feed-forward laye
 from __future__ import annotations
 
 CONTEXT = 4096
+WIDEST_UNGROUPED = 5120
+"""`dim` of the 13B, the largest without grouped attention; Llama 1 has two wider ones without it."""
+
 CODE_CONTEXT = 16384
 CODE_ROPE_THETA = 1_000_000.0
 

@@ -12,13 +12,18 @@ An honest conversation's ids are exactly those of tokenizing the rendered string
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from puna.errors import ChatFormatError
 from puna.text.tokenizer import Tokenizer, check_text
+
+if TYPE_CHECKING:
+    from puna.text.template import ChatTemplate
 
 ROLES = ("system", "user", "assistant")
 
@@ -74,11 +79,15 @@ class ChatFormat:
     ) -> ChatFormat:
         """The format of a Jinja template. origin names its file in errors; now is what strftime_now tells it.
 
-        Raises ChatFormatError for a template that cannot be compiled.
+        The template is compiled when it is first used, so a model whose template is broken can still continue text;
+        then `render` and `encode` raise ChatFormatError.
         """
-        from puna.text.template import ChatTemplate
 
-        template = ChatTemplate(source, origin=origin)
+        @functools.cache
+        def template() -> ChatTemplate:
+            from puna.text.template import ChatTemplate
+
+            return ChatTemplate(source, origin=origin)
 
         def segments(messages: Sequence[Message], add_generation_prompt: bool, date: datetime) -> list[str]:
             variables = {
@@ -90,7 +99,7 @@ class ChatFormat:
                 "bos_token": bos_token,
                 "eos_token": eos_token,
             }
-            return [template.render(variables, input_chars=sum(len(m.content) for m in messages), now=date)]
+            return [template().render(variables, input_chars=sum(len(m.content) for m in messages), now=date)]
 
         return cls(f"chat template of {origin}", segments, now=now)
 
@@ -192,7 +201,7 @@ def chat_format(
 ) -> ChatFormat:
     """The model's own chat template where its tokenizer came with one, else the built-in of its generation.
 
-    Raises ChatFormatError as `ChatFormat.from_template` and `builtin_format` do.
+    Raises ChatFormatError as `builtin_format` does.
     """
     if tokenizer.chat_template is None:
         return builtin_format(generation, instruct=instruct)

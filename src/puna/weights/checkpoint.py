@@ -185,7 +185,13 @@ def _open_pt(path: Path) -> Checkpoint:
     value: dict[Any, Any] = file.value if isinstance(file.value, dict) else {}
     wrapped = isinstance(value.get("model"), dict)
     state = value["model"] if wrapped else file.value
-    stored = {name.removeprefix("_orig_mod."): tensor for name, tensor in state_tensors(file, state).items()}
+    named = state_tensors(file, state)
+    stored = {name.removeprefix("_orig_mod."): tensor for name, tensor in named.items()}  # torch.compile's prefix
+    if len(stored) != len(named):
+        raise CheckpointError(
+            f"{path}: some of its tensors stand there twice, with the prefix _orig_mod. and without.",
+            remedy="Save the state dict of one model.",
+        )
     besides = tuple(str(key)[:120] for key in value if wrapped and key not in ("model", "model_args"))
     convention = _convention(path, stored)
     embedding = stored[names.foreign("embedding", convention)].shape

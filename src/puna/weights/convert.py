@@ -77,6 +77,8 @@ def convert(
         raise UsageError(f"--to {to}: no such layout.", remedy=f"One of: {', '.join(LAYOUTS)}.")
     if dtype != "auto" and dtype not in ITEM_SIZE:
         raise UsageError(f"--dtype {dtype}: no such type.", remedy=f"One of: auto, {', '.join(ITEM_SIZE)}.")
+    if dest.name in ("", ".."):
+        raise UsageError(f"{dest}: not the name of a new folder.", remedy="Name one that is not there yet.")
     if dest.is_symlink() or (dest.exists() and (not dest.is_dir() or any(dest.iterdir()))):
         raise UsageError(f"{dest}: already exists, and is not empty.", remedy="Name a new folder.")
     checkpoint = open_checkpoint(src)

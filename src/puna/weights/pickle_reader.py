@@ -178,9 +178,12 @@ class _Machine:
             self.set_item(target, key, value)
 
     def set_item(self, target: dict[Any, Any], key: Any, value: Any) -> None:
-        # Only plain keys: hashing a nested tuple could take for ever.
+        # Only plain keys: hashing a nested tuple could take for ever, and so could a dictionary of large whole numbers
+        # that were chosen to have one hash (Python's of an int is its remainder modulo 2^61 - 1).
         if type(key) not in (str, int, float, bool):
             raise self.fault(f"its pickle has a dictionary key of type {type(key).__name__}")
+        if type(key) is int and abs(key) >= 1 << 48:
+            raise self.fault("its pickle has a dictionary key of more than 48 bits")
         if key in target:
             raise self.fault(f"its pickle has the key {shown(key)} twice in one dictionary")
         target[key] = value

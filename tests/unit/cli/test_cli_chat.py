@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scripted import ScriptedLLM
 
 from puna.cli.chat import HELP, Session, chat, load_session
-from puna.errors import PunaError, UserError
+from puna.errors import PunaError, UsageError, UserError
 from puna.settings import RunSettings
 from puna.text.chat import ChatFormat, Message
 from puna.types import Sampling
@@ -185,6 +185,22 @@ def test_a_saved_session_goes_on(talk: Talk, tmp_path: Path) -> None:
     assert "and this model's session is texts" in talk(ScriptedLLM(chat=False), f"/load {file}")[1]
     assert "needs a file's name" in talk(llm, "/save")[1]
     assert "cannot be written" in talk(llm, f"/save {tmp_path}")[1]
+    assert "no such home folder" in talk(llm, "/save ~nobody-of-that-name/x")[1]
+
+
+def test_saving_writes_over_sessions_and_over_nothing_else(tmp_path: Path) -> None:
+    file, other = tmp_path / "s.json", tmp_path / "notes.md"
+    session = Session("m", False, Sampling(), "one")
+    session.save(file)
+    replace(session, system="two").save(file)
+    assert load_session(file).system == "two"
+    other.write_text("mine")
+    with pytest.raises(UsageError, match="no saved chat"):
+        session.save(other)
+    with pytest.raises(UsageError, match="cannot be written"):
+        replace(session, system="\ud800").save(file)
+    assert (other.read_text(), load_session(file).system) == ("mine", "two")
+    assert {path.name for path in tmp_path.iterdir()} == {"s.json", "notes.md"}
 
 
 SAVED: dict[str, Any] = {

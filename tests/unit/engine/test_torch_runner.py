@@ -1,17 +1,26 @@
-"""The torch runner's own part: what it says when the device's memory runs out. Its numbers are in tests/golden."""
+"""The torch runner's own part: what it says when the device's memory runs out, or of weights it cannot multiply. Its
+numbers are in tests/golden."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NoReturn
 
 import pytest
 import torch
 
-from puna.engine.torch_runner import TorchRunner
-from puna.errors import DeviceError
+from puna.engine.torch_runner import TorchRunner, open_device
+from puna.errors import DeviceError, UsageError
+from puna.kernels.layouts import convert, to_float32
 from puna.models import decoder
 from puna.weights.find import find_model
 from puna.weights.load import load
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+    with pytest.raises(DeviceError, match=f"--device {device}"):
+        open_device(device)
 
 
 def test_memory_that_runs_out_is_said_with_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,3 +39,12 @@ def test_memory_that_runs_out_is_said_with_the_length(monkeypatch: pytest.Monkey
     monkeypatch.setattr(decoder, "make_cache", full)
     with pytest.raises(DeviceError, match=r"a conversation of 400 tokens does not fit"):
         runner.reset(400)
+
+
+def test_weights_of_several_types_are_refused_by_name() -> None:
+    model = load(find_model("cria"))
+    norm = convert(to_float32(model.weights.norm), "fp32")
+    head = convert(model.weights.embedding, "bf16")
+    mixed = dataclasses.replace(model.weights, norm=norm, head=head)
+    with pytest.raises(UsageError, match=r"in several types \(bf16, fp32\)"):
+        TorchRunner(model.config, mixed, "cpu")

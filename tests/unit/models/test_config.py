@@ -172,6 +172,14 @@ def test_meta_params_of_the_first_llamas_leave_the_vocabulary_to_the_embedding()
     read = read_meta(llama_7b, vocab_size=32000)
     assert decoder.parameter_count(read.config) == 6_738_415_616
     assert (read.config.generation, read.config.context_length, read.config.kv_heads) == ("llama1", 2048, 32)
+    llama_65b = llama_7b | {"dim": 8192, "n_heads": 64, "n_layers": 80, "norm_eps": 1e-05}
+    llama_33b = llama_7b | {"dim": 6656, "n_heads": 52, "n_layers": 60, "norm_eps": 1e-05}
+    for params in (llama_33b, llama_65b):
+        config = read_meta(params, vocab_size=32000).config
+        assert (config.generation, config.context_length) == ("llama1", 2048)
+    llama2_13b = llama_7b | {"dim": 5120, "n_heads": 40, "n_layers": 40, "norm_eps": 1e-05}
+    config = read_meta(llama2_13b, vocab_size=32000).config
+    assert (config.generation, config.context_length) == ("llama2", 4096)
     llama2_70b = {
         "dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64, "n_kv_heads": 8, "n_layers": 80,
         "norm_eps": 1e-05, "vocab_size": -1,
@@ -208,6 +216,8 @@ def test_the_factor_of_scaled_rope_follows_from_the_width() -> None:
         ({"n_kv_heads": 3}, "heads"),
         ({"quantization_args": {"group_size": 32}}, "quantization_args"),
         ({"lora_args": {"rank": 16}}, "lora_args"),
+        ({"vision_chunk_size": 448, "vision_max_num_chunks": 4}, "vision_chunk_size"),
+        ({"moe_args": {"num_experts": 16}, "vision_args": {"dim": 1408}}, "moe_args"),
         ({"vocab_size": 0}, "vocab_size"),
         ({"n_layers": 10**9}, "n_layers"),
     ],
@@ -218,7 +228,7 @@ def test_meta_values_that_are_refused_by_name(changes: dict[str, Any], key: str)
 
 
 def test_unknown_meta_keys_are_listed() -> None:
-    assert read_meta(META | {"moe_args": None, "dropout": 0.0}).unknown == ("moe_args", "dropout")
+    assert read_meta(META | {"moe_args": None, "experts": 4, "dropout": 0.0}).unknown == ("experts", "dropout")
 
 
 # --- there and back --------------------------------------------------------------------------------------------------
@@ -241,8 +251,33 @@ def test_written_configs_read_back_equal(rope: Rope) -> None:
     assert config.rope == rope
     hub = read_hub(json.loads(json.dumps(write_hub(config, dtype="float32", bos_id=1, eos_ids=(2, 3)))))
     assert (hub.config, hub.bos_id, hub.eos_ids, hub.dtype, hub.unknown) == (config, 1, (2, 3), "float32", ())
-    meta = read_meta(json.loads(json.dumps(write_meta(config))))
-    assert (meta.config, meta.unknown) == (dataclasses.replace(config, interleaved_rope=True), ())
+    for changed in (
+        config,
+        dataclasses.replace(config, context_length=77, hidden_dim=1),
+        dataclasses.replace(config, dim=26, hidden_dim=69),  # not a multiple of the heads
+        dataclasses.replace(config, kv_heads=config.heads, hidden_dim=64),
+    ):
+        meta = read_meta(json.loads(json.dumps(write_meta(changed))))
+        want = dataclasses.replace(changed, interleaved_rope=True, generation=meta.config.generation)
+        assert (meta.config, meta.unknown) == (want, ())
+
+
+def test_params_are_written_in_the_keys_of_metas_own_code(reference: Path) -> None:
+    """`ModelArgs` of llama-models takes these and no others, and works out the width of the feed-forward layer."""
+    known = {
+        "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps",
+        "rope_theta", "use_scaled_rope",
+    }  # fmt: skip
+    files = sorted((reference / "configs" / "params").glob("*.params.json"))
+    assert files
+    for file in files:
+        config = read_meta(json.loads(file.read_text()), vocab_size=128256).config
+        params = write_meta(config)
+        assert params.keys() <= known
+        width = int(params.get("ffn_dim_multiplier", 1) * int(2 * (4 * params["dim"]) / 3))
+        step = params["multiple_of"]
+        assert step * ((width + step - 1) // step) == config.hidden_dim
+        assert read_meta(params).config == config
 
 
 @pytest.mark.parametrize(
@@ -258,6 +293,12 @@ def test_what_metas_layout_cannot_say_is_refused(changes: dict[str, Any]) -> Non
     with pytest.raises(ConfigError, match="Meta's layout") as caught:
         write_meta(dataclasses.replace(BASE, **changes))
     assert "safetensors" in caught.value.remedy
+
+
+@pytest.mark.parametrize("rows", [None, 0])
+def test_a_vocabulary_that_nothing_tells_is_refused(rows: int | None) -> None:
+    with pytest.raises(ConfigError, match="vocab_size"):
+        read_meta({**META, "vocab_size": -1}, vocab_size=rows)
 
 
 # --- anything at all -------------------------------------------------------------------------------------------------

@@ -330,3 +330,9 @@ def test_messages_are_checked(llama3: Tokenizer) -> None:
 def test_tokenizer_of_another_family_is_refused(llama2: Tokenizer) -> None:
     with pytest.raises(ChatFormatError, match=r"needs the special tokens <\|begin_of_text\|>"):
         builtin_format("llama3", instruct=True).encode(talk("x"), llama2)
+
+
+def test_a_broken_template_is_an_error_of_its_use() -> None:
+    ours = ChatFormat.from_template("{{ messages", origin="x")  # loading the model to continue text must still work
+    with pytest.raises(ChatFormatError, match="chat template of x cannot be used"):
+        ours.render([Message("user", "a")])

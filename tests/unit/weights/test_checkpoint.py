@@ -200,6 +200,10 @@ def test_compiled_models_and_their_buffers(tmp_path: Path) -> None:
     assert_holds(checkpoint, state)
     assert set(checkpoint.ignored) == {"iter_num", "optimizer", "freqs_cos", "layers.0.attention.mask"}
     assert (checkpoint.config.context_length, checkpoint.config.norm_eps) == (99, 1e-5)
+    both = {"norm.weight": state["norm.weight"] * 2} | {f"_orig_mod.{name}": t for name, t in state.items()}
+    save_llama2c(tmp_path / "ckpt.pt", model=both)
+    with pytest.raises(CheckpointError, match=r"stand there twice, with the prefix _orig_mod"):
+        open_checkpoint(tmp_path / "ckpt.pt")
 
 
 @pytest.mark.parametrize(

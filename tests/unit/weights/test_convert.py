@@ -299,6 +299,9 @@ def test_existing_destinations(meta_folder: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="already exists"):
             convert(meta_folder, tmp_path / name)
     assert (tmp_path / "full" / "mine.txt").read_text() == "keep"
+    for dest in (Path(), tmp_path / "new" / ".."):
+        with pytest.raises(UsageError, match="not the name of a new folder"):
+            convert(meta_folder, dest)
     for dest in (tmp_path / "empty", tmp_path / "new" / "deeper"):
         assert open_checkpoint(convert(meta_folder, dest).path).format == "safetensors"
 

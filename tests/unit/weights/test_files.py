@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,10 @@ def test_files_that_cannot_be_mapped(tmp_path: Path) -> None:
     for path, words in ((tmp_path / "empty", "is empty"), (tmp_path / "absent", "cannot be read"), (tmp_path, "read")):
         with pytest.raises(CheckpointError, match=words):
             MappedFile(path)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(CheckpointError, match="not a regular file"):
+            MappedFile(tmp_path / "pipe")
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_json(tmp_path / "absent")
 

@@ -215,3 +215,12 @@ def test_any_change_of_a_tensor_is_a_record_inside_its_storage_or_a_typed_error(
 
 def test_globals_are_records() -> None:
     assert read_pickle(b"\x80\x02ctorch\nbfloat16\n.", "x.pt")[0] == Global("torch", "bfloat16")
+
+
+def test_keys_chosen_to_have_one_hash_are_refused_at_once() -> None:
+    """Python hashes an int to its remainder modulo 2^61 - 1: a megabyte of such keys would take half an hour."""
+    keys = (b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"N" for i in range(1, 80_000))
+    began = time.perf_counter()
+    with pytest.raises(CheckpointError, match=r"x\.pt: .*key of more than 48 bits"):
+        read_pickle(b"\x80\x02}(" + b"".join(keys) + b"u.", "x.pt")
+    assert time.perf_counter() - began < 2
