@@ -127,14 +127,17 @@ class LLM:
         Raises ContextError, ChatFormatError or UsageError before anything is computed.
         """
         sampling = Sampling(**options)
-        if not isinstance(prompt, str) and all(isinstance(item, Integral) for item in prompt):
+        as_ids = not isinstance(prompt, str) and all(isinstance(item, Integral) for item in prompt)
+        if as_ids:
             if system is not None:
                 raise UsageError("A system message cannot be added to token ids.")
             ids = [int(item) for item in prompt]  # type: ignore[arg-type]
         else:
             ids = self.encode(prompt, system=system, raw=raw)  # type: ignore[arg-type]
+        # An answer in a chat is a text of its own; elsewhere it goes on where the prompt ends, spaces and all.
+        follows = ids if as_ids or raw or self.chat_format is None else []
         request = self._engine.submit(ids, sampling, self.stop_ids)
-        return Stream(self, self._engine, request, ids, sampling)
+        return Stream(self, self._engine, request, ids, follows, sampling)
 
     def generate(
         self,
@@ -161,11 +164,14 @@ class LLM:
 class Stream:
     """One answer under way. Iterating gives text as soon as it is certain; closing it early cancels the request."""
 
-    def __init__(self, llm: LLM, engine: Engine, request: int, prompt: list[int], sampling: Sampling) -> None:
+    def __init__(
+        self, llm: LLM, engine: Engine, request: int, prompt: list[int], follows: list[int], sampling: Sampling
+    ) -> None:
+        """`follows`: the ids that the answer's text continues; none where it is a text of its own."""
         from puna.text.detokenizer import Detokenizer, StopStrings
 
         self._llm, self._engine, self._request, self._prompt = llm, engine, request, prompt
-        self._detokenizer = Detokenizer(llm.tokenizer, prompt)
+        self._detokenizer = Detokenizer(llm.tokenizer, follows)
         self._stops = StopStrings(sampling.stop)
         self._ids: list[int] = []
         self._text: list[str] = []

@@ -146,7 +146,9 @@ class PullSettings(Settings):
     name: str = _argument("a short name or a hub id", "NAME", required=True)
     revision: str | None = _option("a branch, tag or commit (default: the main branch)", None, "REV")
     original: bool = _option("Meta's own files (consolidated.NN.pth) in place of safetensors", False)
-    meta_url: str | None = _option("the signed link that Meta mailed", None, "URL")
+    meta_url: str | None = _option(
+        "the signed link that Meta mailed, or - to read it from stdin (it is a secret)", None, "URL"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

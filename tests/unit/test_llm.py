@@ -12,7 +12,7 @@ import pytest
 from puna import LLM
 from puna.errors import ChatFormatError, ContextError, DeviceError, UsageError
 from puna.kernels import ops
-from puna.text.chat import Message
+from puna.text.chat import ChatFormat, Message
 
 PROMPT = "Once upon a time"
 
@@ -164,3 +164,14 @@ def test_two_models_keep_their_own_kernels() -> None:
 def test_a_device_that_is_not_there_is_refused_with_a_remedy() -> None:
     with pytest.raises(DeviceError, match="--device nonsense"):
         LLM("cria", device="nonsense")
+
+
+def test_an_answer_in_a_chat_is_a_text_of_its_own(reference: Path) -> None:
+    folder = reference / "checkpoints" / "stories260K"
+    llm = LLM(folder / "stories260K.bin", tokenizer=folder / "tok512.bin")
+    continued = llm.generate(llm.encode("Once upon"), temperature=0, max_tokens=10)
+    assert continued.text.startswith(" ")
+    llm.chat_format = ChatFormat("plain", lambda messages, *_: [messages[0].content])
+    answered = llm.generate("Once upon", temperature=0, max_tokens=10)
+    assert answered.token_ids == continued.token_ids
+    assert answered.text == continued.text[1:]  # sentencepiece's space, which Meta's decoding of an answer drops too

@@ -6,6 +6,7 @@ What is surprising: a byte that was here already counts as done, so a pull that 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,9 @@ def _pull(settings: PullSettings, progress: Callable[[Progress], None] | None) -
     if settings.meta_url is not None:
         from puna.weights.meta_link import pull_meta
 
-        return pull_meta(settings.meta_url, settings.name, progress=progress)
+        # From stdin the link stays out of the shell's history and the list of processes.
+        url = sys.stdin.readline().strip() if settings.meta_url == "-" else settings.meta_url
+        return pull_meta(url, settings.name, progress=progress)
     from puna.weights.hub import pull
 
     return pull(settings.name, revision=settings.revision, original=settings.original, progress=progress)

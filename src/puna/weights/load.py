@@ -67,7 +67,12 @@ def load(path: Path, *, dtype: str = "auto", tokenizer: Path | None = None) -> L
         )
     if words.vocab_size != config.vocab_size:
         notes = (*notes, f"the tokenizer has {words.vocab_size} tokens and the embedding {config.vocab_size} rows")
-    return LoadedModel(config, weights, words, chat_format_of(checkpoint, words), checkpoint, notes)
+    chat = chat_format_of(checkpoint, words)
+    if chat is None and tokenizer is not None and checkpoint.tokenizer is not None:
+        beside = load_tokenizer(checkpoint.tokenizer, generation=config.generation)
+        if beside.chat_template is not None:
+            notes = (*notes, f"the chat template beside the model is not used: {tokenizer} was named, and has none")
+    return LoadedModel(config, weights, words, chat, checkpoint, notes)
 
 
 def chat_format_of(checkpoint: Checkpoint, tokenizer: Tokenizer) -> ChatFormat | None:

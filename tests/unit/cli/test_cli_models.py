@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -199,6 +200,19 @@ def test_a_refused_pull_is_the_hubs_message(puna: Puna, monkeypatch: pytest.Monk
     assert said.json() == {"error": {"kind": "HubError", "message": "org/m is gated.", "remedy": "Accept the licence."}}
     assert PullSettings(name="x").meta_url is None
     assert Progress("f", False, 1, 2, 0, 1).bytes_done == 1
+
+
+def test_a_signed_link_may_come_from_stdin(puna: Puna, monkeypatch: pytest.MonkeyPatch) -> None:
+    links: list[str] = []
+
+    def refuse(url: str, *_: Any, **__: Any) -> Pulled:
+        links.append(url)
+        raise HubError("expired")
+
+    monkeypatch.setattr(meta_link, "pull_meta", refuse)
+    monkeypatch.setattr("sys.stdin", io.StringIO("https://example.org/*?Policy=x\n"))
+    assert puna("pull", "llama3.1:8b", "--meta-url", "-").code == 2
+    assert links == ["https://example.org/*?Policy=x"]
 
 
 def test_rm_asks_first(puna: Puna, monkeypatch: pytest.MonkeyPatch, terminal: Puna) -> None:

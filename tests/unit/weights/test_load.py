@@ -83,6 +83,18 @@ def test_the_tokenizer_lies_beside_or_is_named(reference: Path, tmp_path: Path) 
         load(alone, tokenizer=reference / "tokenizers" / "llama2" / "tokenizer.model")
 
 
+def test_a_template_left_behind_by_another_tokenizer_is_said(reference: Path, tmp_path: Path) -> None:
+    wide = meta_config(vocab_size=128256, n_layers=1)
+    folder = save_meta(tmp_path / "model", random_state(wide), vocab_size=128256, n_layers=1)
+    ranks = reference / "tokenizers" / "llama3" / "tokenizer.model"
+    shutil.copy(ranks, folder)
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert load(folder).chat_format is not None
+    other = load(folder, tokenizer=ranks)
+    assert other.chat_format is None
+    assert any("chat template beside the model is not used" in note for note in other.notes)
+
+
 def test_metas_tokenizer_may_lie_one_folder_up(tmp_path: Path) -> None:
     folder = save_meta(tmp_path / "7B", random_state(meta_config()))
     assert open_checkpoint(folder).tokenizer is None
