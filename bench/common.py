@@ -40,7 +40,9 @@ def pedigree() -> dict[str, Any]:
     """Commit (with + when the tree differs from it), command, machine, date and load, for a row of results."""
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    dirty = subprocess.run([*git, "status", "--porcelain", "src"], capture_output=True, text=True).stdout.strip()
+    dirty = subprocess.run(
+        [*git, "status", "--porcelain", "../src", "../CMakeLists.txt", "*.py"], capture_output=True, text=True
+    ).stdout.strip()
     return {
         "commit": commit + ("+" if dirty else ""),
         "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),

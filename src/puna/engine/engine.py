@@ -52,9 +52,11 @@ class Engine:
     def submit(self, prompt: list[int], sampling: Sampling, stop_ids: frozenset[int] = frozenset()) -> int:
         """Begin a request and return its number; the one before, finished or not, is over.
 
-        Raises what `check_prompt` does; the request under way then goes on.
+        Raises what `check_prompt` does, and the request under way then goes on; or what the runner does where there is
+        no room for this one, and then none is under way.
         """
         self.check_prompt(prompt, answer=sampling.max_tokens or 1)
+        self.active = None  # should the runner fail below, no request goes on with this one's tokens
         # The last prompt token is always computed: its logits are where the answer starts.
         self._reused = _common_prefix(self._cached, prompt[:-1])
         self._cached = self._cached[: self._reused]

@@ -52,6 +52,7 @@ class GrowingCache(ABC):
     def reset(self, expected: int) -> None:
         """See Runner. A cache that is large enough is used again."""
         if self._cache is None or self._cache.capacity < expected:
+            self._cache = None  # given back first: there may be no room for both
             self._cache = self._empty(capacity_for(expected, self.config, 0))
 
     @abstractmethod

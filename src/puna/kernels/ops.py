@@ -1,6 +1,6 @@
 """The ops a model is written in, and which implementation serves each one, and why.
 
-What it is: ten signatures. An op goes by where its arrays live: NumPy arrays to our C++ (or to the NumPy reference
+What it is: nine signatures. An op goes by where its arrays live: NumPy arrays to our C++ (or to the NumPy reference
 where the extension is absent or was not asked for), torch tensors to torch.
 What it is not: arithmetic. Each op is defined in `reference.py`; read that for shapes and formulas.
 What is surprising: the table is settled once, on first use or by `select()` at start-up, and then stays; nothing is

@@ -11,7 +11,7 @@ import pytest
 
 from puna.engine.engine import PREFILL_CHUNK, Engine
 from puna.engine.runner import HostRunner, capacity_for
-from puna.errors import ContextError, PunaError, UsageError
+from puna.errors import ContextError, DeviceError, PunaError, UsageError
 from puna.models import decoder
 from puna.models.config import DecoderConfig
 from puna.models.rope import Rope
@@ -171,3 +171,24 @@ def test_capacity_doubles_and_stops_at_the_context() -> None:
     assert capacity_for(10, CONFIG, 0) == 256
     assert capacity_for(257, CONFIG, 256) == 512
     assert capacity_for(1500, CONFIG, 1024) == 2048
+
+
+def test_a_request_that_finds_no_room_leaves_none_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the one before would go on with the new one's tokens."""
+    runner = ChecksumRunner()
+    engine = Engine(runner)
+    engine.submit([1, 2, 3], GREEDY)
+    engine.step()
+
+    def full(expected: int) -> None:
+        raise DeviceError(f"no room for {expected}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "reset", full)
+        with pytest.raises(DeviceError, match="no room for 22"):
+            engine.submit([9, 8], GREEDY)
+    with pytest.raises(PunaError, match="no request to step"):
+        engine.step()
+    engine.check()
+    engine.submit([9, 8], GREEDY)
+    assert [engine.step().token for _ in range(3)] == plainly([9, 8], 3)

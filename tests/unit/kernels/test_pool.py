@@ -58,6 +58,22 @@ def test_exit_with_workers_asleep_and_with_workers_awake() -> None:
     assert run("cpu.set_threads(4); work(); print('awake')") == "awake"
 
 
+def test_exit_while_daemon_threads_are_in_a_call() -> None:
+    """Calls of milliseconds give up Python's lock, and these threads want it back when the interpreter has ended."""
+    program = """
+x = rng.standard_normal((40, 2000), dtype=np.float32)
+w = rng.standard_normal((3000, 2000), dtype=np.float32)
+def forever():
+    while True:
+        work()
+for _ in range(2):
+    threading.Thread(target=forever, daemon=True).start()
+time.sleep(0.05)
+print('end')
+"""
+    assert run(program) == "end"
+
+
 def test_the_first_region_may_open_before_any_worker_runs() -> None:
     run("for n in range(2, 40):\n    cpu.set_threads(n % 7 + 1)\n    work()\n    work()")
 

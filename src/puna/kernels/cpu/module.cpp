@@ -9,9 +9,12 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstring>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "kernels.h"
@@ -73,8 +76,6 @@ nb::list list_tables() {
 }
 
 // ---- checks ----
-
-enum class Kind { f32, i32, weight, words };
 
 std::string type_name(nb::dlpack::dtype type) {
     const char* code = "?";
@@ -167,14 +168,40 @@ int64_t product(const A& a, size_t first, size_t last) {
 // Lets other Python threads run during a call of some milliseconds (`work` in multiply-adds). Not during a shorter one:
 // taking the lock back from a busy thread can cost several times an op of 0.1 ms, and between ops Python hands it over
 // by itself every 5 ms.
+//
+// A daemon thread that asks for the lock when the interpreter has ended is unwound inside that call (before Python
+// 3.14), which no C++ frame survives: the process would abort. From `end` on it sleeps instead, as 3.14 has it do.
 class Unlocked {
   public:
     explicit Unlocked(int64_t work) {
-        if (work > 1 << 24) release_.emplace();
+        if (work > 1 << 24) state_ = PyEval_SaveThread();
+    }
+    ~Unlocked() {
+        if (!state_) return;
+        asking_++;
+        if (ending_ && std::this_thread::get_id() != ender_) {
+            asking_--;
+            for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+        }
+        PyEval_RestoreThread(state_);
+        asking_--;
+    }
+    Unlocked(const Unlocked&) = delete;
+
+    // Called by the thread that ends the interpreter, while others still get the lock: those that ask already get it.
+    // Not for ever: after a fork `asking_` may count threads that stayed behind.
+    static void end() {
+        ender_ = std::this_thread::get_id();
+        ending_ = true;
+        nb::gil_scoped_release release;
+        for (int i = 0; i < 1000 && asking_ > 0; i++) std::this_thread::sleep_for(std::chrono::microseconds(100));
     }
 
   private:
-    std::optional<nb::gil_scoped_release> release_;
+    PyThreadState* state_ = nullptr;
+    static inline std::atomic<int> asking_{0};
+    static inline std::atomic<bool> ending_{false};
+    static inline std::thread::id ender_;
 };
 
 // What one number of an op that only passes over memory costs, in multiply-adds of the others.
@@ -332,6 +359,7 @@ void set_threads(int threads) {
 NB_MODULE(_cpu, m) {
     using nb::arg;
     m.doc() = "The ops of puna.kernels.reference for NumPy arrays; see puna.kernels.cpu for the checked interface.";
+    nb::module_::import_("atexit").attr("register")(nb::cpp_function(&Unlocked::end));
     m.def("tables", list_tables);
     m.def("use", use);
     m.def("set_threads", set_threads);
