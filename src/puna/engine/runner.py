@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from puna.errors import PunaError
 from puna.models import decoder
 from puna.models.config import DecoderConfig
 from puna.models.tree import DecoderWeights, KVCache
@@ -96,4 +97,10 @@ class HostRunner(GrowingCache):
         return scores
 
     def _empty(self, capacity: int) -> KVCache:
-        return decoder.make_cache(self.config, 1, capacity, lambda shape: np.zeros(shape, np.float32))
+        try:
+            return decoder.make_cache(self.config, 1, capacity, lambda shape: np.zeros(shape, np.float32))
+        except MemoryError as error:
+            raise PunaError(
+                f"There is no memory for a cache of {capacity} tokens.",
+                remedy="Lower --max-tokens or use a smaller model; `puna show` has the arithmetic.",
+            ) from error

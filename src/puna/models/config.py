@@ -19,6 +19,8 @@ from puna.errors import ConfigError
 from puna.models import llama1, llama2, llama3
 from puna.models.rope import Llama3Scaling, Rope
 
+_ANOTHER = "This model cannot run here; `puna models` lists those that can."
+
 LARGEST_SIZE = 1 << 20
 """No released Llama has a dimension near this; a larger number in a file is damage or an attack."""
 
@@ -116,7 +118,7 @@ class Fields:
         value = self.data[key]
         if isinstance(value, list | dict) or value not in allowed:
             names = ", ".join(repr(a) for a in allowed)
-            raise self.fault(key, f"is {value!r:.80}, which Puna does not implement; it knows {names}")
+            raise self.fault(key, f"is {value!r:.80}, which Puna does not implement; it knows {names}", remedy=_ANOTHER)
         return value
 
     def child(self, key: str) -> Fields:
@@ -135,12 +137,9 @@ class Fields:
         """Keys that no getter asked for."""
         return tuple(str(key)[:80] for key in self.data if key not in self.asked)
 
-    def fault(self, key: str, what: str) -> ConfigError:
+    def fault(self, key: str, what: str, *, remedy: str = "The file may be damaged: fetch it again.") -> ConfigError:
         """The error for a key."""
-        return ConfigError(
-            f"{self.source}: {key!r} {what}.",
-            remedy="Check that the file is complete and belongs to a Llama text model.",
-        )
+        return ConfigError(f"{self.source}: {key!r} {what}.", remedy=remedy)
 
 
 def read_hub(data: Mapping[str, Any], source: str = "config.json") -> ReadConfig:
@@ -151,9 +150,15 @@ def read_hub(data: Mapping[str, Any], source: str = "config.json") -> ReadConfig
     f = Fields(data, source)
     f.choice("model_type", ("llama",), "llama")
     if f.has("architectures") and data["architectures"] != ["LlamaForCausalLM"]:
-        raise f.fault("architectures", f"is {data['architectures']!r:.80}; Puna runs LlamaForCausalLM from this file")
+        raise f.fault(
+            "architectures",
+            f"is {data['architectures']!r:.80}; Puna runs LlamaForCausalLM from this file",
+            remedy=_ANOTHER,
+        )
     if f.has("quantization_config"):
-        raise f.fault("quantization_config", "asks for packed weights, which Puna does not read from safetensors")
+        raise f.fault(
+            "quantization_config", "asks for packed weights, which Puna does not read from safetensors", remedy=_ANOTHER
+        )
     f.choice("hidden_act", ("silu",), "silu")
     dim, heads = f.integer("hidden_size"), f.integer("num_attention_heads")
     kv_heads = f.integer("num_key_value_heads", heads)
@@ -319,7 +324,7 @@ def read_meta(data: Mapping[str, Any], source: str = "params.json", *, vocab_siz
     f.ignore("max_batch_size", "model_parallel_size", "lora_args", "quantization_args")
     for key in ("lora_args", "quantization_args", "moe_args", "vision_args", "vision_chunk_size"):
         if f.has(key):
-            raise f.fault(key, "asks for something Puna does not implement")
+            raise f.fault(key, "asks for something Puna does not implement", remedy=_ANOTHER)
     return ReadConfig(config, f.unread())
 
 

@@ -73,8 +73,10 @@ class MappedFile:
         self.size = len(self.bytes)
 
     def weight(self, dtype: str, shape: tuple[int, ...], offset: int) -> Weight:
-        """The weight of `shape` that starts at byte `offset`: a read-only view, or a copy where that is not aligned.
+        """The weight of `shape` that starts at byte `offset`: a read-only view.
 
+        The view may be unaligned (older safetensors files do not pad their header); the kernels read such weights.
+        A file that another program cuts short while it is mapped ends this one by SIGBUS, as with any mapped file.
         Raises CheckpointError when it does not lie inside the file.
         """
         stored, count = _STORED[dtype], math.prod(shape)
@@ -85,9 +87,6 @@ class MappedFile:
             )
         if not count:
             array = np.zeros(shape, stored)
-        elif offset % stored.itemsize:
-            start = self.bytes[offset : offset + count * stored.itemsize]
-            array = np.frombuffer(start, stored, count).reshape(shape)
         else:
             array = np.frombuffer(self.bytes, stored, count, offset).reshape(shape)
         return BF16(array) if dtype == "bf16" else array

@@ -87,7 +87,7 @@ def _write_shard(path: Path, tensors: Sequence[LazyTensor], progress: Progress) 
 
 def blocks(weight: Weight) -> Iterator[memoryview]:
     """The bytes of a weight in row-major order, some at a time."""
-    view = np.ascontiguousarray(raw(weight)).data.cast("B")
+    view = np.ascontiguousarray(raw(weight)).reshape(-1).view(np.uint8).data
     for at in range(0, len(view), _BLOCK):
         yield view[at : at + _BLOCK]
     release(weight)

@@ -20,15 +20,14 @@ def file(tmp_path: Path) -> MappedFile:
     return MappedFile(tmp_path / "x")
 
 
-def test_weights_are_little_endian_views_or_aligned_copies(file: MappedFile) -> None:
+def test_weights_are_little_endian_views_aligned_or_not(file: MappedFile) -> None:
     aligned, odd = file.weight("fp32", (2, 3), 8), file.weight("fp32", (2, 3), 9)
     assert isinstance(aligned, np.ndarray)
     assert isinstance(odd, np.ndarray)
     assert aligned.tobytes() == bytes(range(8, 32))
     assert odd.tobytes() == bytes(range(9, 33))
-    assert odd.flags.aligned
     assert mapped(aligned)
-    assert not mapped(odd)
+    assert mapped(odd)
     half = file.weight("bf16", (2,), 62 - 2)
     assert isinstance(half, BF16)
     assert half.bits.tolist() == [0x3D3C, 0x3F3E]

@@ -19,7 +19,9 @@ from tiny_models import assert_holds, bits, hub_model, mapped
 
 from puna.errors import CheckpointError, PunaError
 from puna.kernels.layouts import BF16
+from puna.models import decoder
 from puna.weights.checkpoint import open_checkpoint
+from puna.weights.convert import convert
 from puna.weights.files import MappedFile
 from puna.weights.safetensors import read_header
 
@@ -306,3 +308,23 @@ def test_any_flip_is_the_same_model_or_a_typed_error(
             assert tensor.read().shape == tensor.shape
     except PunaError:
         pass
+
+
+def test_a_header_that_was_not_padded_costs_no_copy_and_no_bit(hub_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(hub_folder, tmp_path / "odd"))
+    data = (folder / "model.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    (folder / "model.safetensors").write_bytes(
+        (size + 1).to_bytes(8, "little") + data[8 : 8 + size] + b" " + data[8 + size :]
+    )
+    states = []
+    for each in (hub_folder, folder):
+        checkpoint = open_checkpoint(each)
+        config = checkpoint.config
+        weights = decoder.build(config, lambda name, held=checkpoint: held.tensors[name].read())
+        assert mapped(weights.embedding)
+        ids = np.arange(9, dtype=np.int32)[None]
+        states.append(decoder.logits(weights, decoder.forward(weights, config, ids, ids)))
+    np.testing.assert_array_equal(states[0], states[1])
+    convert(folder, tmp_path / "again", to="safetensors")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes()[-64:] == data[-64:]
