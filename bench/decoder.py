@@ -2,7 +2,8 @@
 
 Decode: seconds a token at about 128 tokens of context. Prefill: 512 tokens from an empty cache, the last position's
 logits. Both engines read the same random-weight safetensors folder, with the same number of threads; transformers runs
-eager with its default attention (sdpa). Ratios are ours over theirs, above 1 is better.
+eager with its default attention (sdpa). Ratios are ours over theirs, above 1 is better. The shares of the hardware's
+limit are of the two figures given by flags, whose defaults were measured on the machine of the recorded rows.
 
     python bench/decoder.py --folder /tmp/llama-1b-random --pairs 11 --record
 """
@@ -32,8 +33,6 @@ ROPE = {
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
 CONTEXT, STEPS, PREFILL = 128, 16, 512
-MEMORY_GB_S = 30.0  # what two threads read from memory on the machine of the recorded rows; see docs/notes
-BF16_GFLOP_S = 449.0  # its vdpbf16ps peak, two threads
 
 
 def make(folder: Path) -> None:
@@ -119,6 +118,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/puna-bench-1b"), help="where the random model lies")
     parser.add_argument("--pairs", type=int, default=11, help="interleaved pairs of each measurement")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of both engines")
+    parser.add_argument("--memory-gb-s", type=float, default=30.0, help="what the threads can read from memory")
+    parser.add_argument("--bf16-gflop-s", type=float, default=449.0, help="the threads' peak of bf16 products")
     parser.add_argument("--record", action="store_true", help="append the row to bench/results/decoder.jsonl")
     parser.add_argument("--worker", choices=("puna", "transformers"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -142,10 +143,10 @@ def main() -> None:
         }
     decode, prefill = (row[w]["puna_tokens_s"]["median"] for w in ("decode", "prefill_512"))
     row["decode"]["gb_s"] = decode * parameters * 2 / 1e9
-    row["decode"]["share_of_memory_limit"] = row["decode"]["gb_s"] / MEMORY_GB_S
+    row["decode"]["share_of_memory_limit"] = row["decode"]["gb_s"] / options.memory_gb_s
     body = parameters - SHAPE["vocab_size"] * SHAPE["hidden_size"]  # the head runs for one position of 512
     row["prefill_512"]["gflop_s"] = prefill * 2 * body / 1e9
-    row["prefill_512"]["share_of_bf16_peak"] = row["prefill_512"]["gflop_s"] / BF16_GFLOP_S
+    row["prefill_512"]["share_of_bf16_peak"] = row["prefill_512"]["gflop_s"] / options.bf16_gflop_s
     row["peak_mb"] = {"puna": ours.ask("decode")["peak_mb"], "transformers": theirs.ask("decode")["peak_mb"]}
     ours.close(), theirs.close()
     common.record("decoder", row | common.pedigree(), options.record)
