@@ -50,5 +50,18 @@ test-peers: $(VENV)/core.stamp $(VENV)/dev.stamp ## have another engine (CTransl
 	$(BIN)/python -m pip install --quiet --group peers
 	$(BIN)/python -m pytest -m peers
 
+CRIA_TRAIN ?= $(error say which stories to train on: CRIA_TRAIN="files" CRIA_HELD_OUT=file, see recipes/cria/README.md)
+cria: $(VENV)/core.stamp $(VENV)/dev.stamp ## make the embedded model anew: CRIA_TRAIN="files" CRIA_HELD_OUT=file (an hour on two cores)
+	$(BIN)/python recipes/cria/prepare.py --train $(CRIA_TRAIN) --held-out $(CRIA_HELD_OUT)
+	$(BIN)/python recipes/cria/train.py
+	$(BIN)/python recipes/cria/export.py
+	$(BIN)/python recipes/cria/evaluate.py
+
+bench: $(VENV)/core.stamp $(VENV)/dev.stamp ## measure beside transformers, and start-up, size, memory (18 GB of disk, ten minutes)
+	$(BIN)/python bench/decoder.py --record
+	$(BIN)/python bench/startup.py --record
+	$(BIN)/python bench/memory.py --record
+	$(BIN)/python bench/report.py
+
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

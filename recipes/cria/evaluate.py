@@ -3,8 +3,8 @@
 What it is: the last of four scripts. It writes results.json and curve.svg beside itself, with a copy of the run's log.
 What it is not: a benchmark of speed.
 What is surprising: the samples come from `puna.LLM`, so `puna run cria --dtype fp32` with the same prompt, seed and
-temperature prints the same stories. In float32 every kernel prints them; in bf16 kernels round at different places, and
-one word that differs early makes another story.
+temperature prints the same stories. In float32, because in bf16 kernels round at different places, and one word that
+differs early makes another story; even in float32 a long story can turn on the last bit.
 """
 
 from __future__ import annotations

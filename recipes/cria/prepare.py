@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 WORK = Path(__file__).parents[2] / ".cria"
 """The work folder of all four scripts unless told otherwise; git ignores it."""
@@ -73,7 +73,7 @@ def without_overlap(held_out: Sequence[str], training: Sequence[str]) -> list[st
 
 
 def train_tokenizer(stories: Iterable[str]) -> Tokenizer:
-    """Byte-level BPE of VOCAB_SIZE entries. It adds no BOS: Puna does that, so that there are never two."""
+    """Byte-level BPE of VOCAB_SIZE entries, whose texts begin with BOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
@@ -82,6 +82,8 @@ def train_tokenizer(stories: Iterable[str]) -> Tokenizer:
         vocab_size=VOCAB_SIZE, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(stories, trainer)
+    begin = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, BOS_ID)])
+    tokenizer.post_processor = begin  # type: ignore[assignment]
     assert (tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)) == (BOS_ID, EOS_ID)
     assert tokenizer.get_vocab_size() == VOCAB_SIZE
     return tokenizer

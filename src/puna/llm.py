@@ -92,7 +92,7 @@ class LLM:
             if system is not None:
                 why = "raw text has no roles" if raw else f"{self.name} has no chat format, so no system message"
                 raise UsageError(f"A system message cannot be honoured: {why}.", remedy="Put it into the prompt.")
-            return self.tokenizer.encode(prompt, bos=self.tokenizer.bos_id is not None)
+            return self.tokenizer.encode(prompt, bos=self.tokenizer.adds_bos)
         from puna.text.chat import Message
 
         if raw:

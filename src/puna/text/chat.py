@@ -113,7 +113,7 @@ class ChatFormat:
     def encode(
         self, messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool = True
     ) -> list[int]:
-        """The conversation as ids, starting with exactly one begin-of-text id where the tokenizer has one.
+        """The conversation as ids, starting with exactly one begin-of-text id where the model expects one.
 
         Raises ChatFormatError as `render` does, and where the tokenizer lacks a special token of this format or the
         template so mixes messages into its own text that they cannot be told apart; TokenizerError as `encode` does.
@@ -137,7 +137,7 @@ class ChatFormat:
             # (A tokenizer.json that puts a space before the first part of a text only, puts one before each of these.)
             for part in parts:
                 ids.extend([part] if isinstance(part, int) else tokenizer.encode(part.replace(mark, "")))
-        if tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
+        if tokenizer.adds_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
             ids.insert(0, tokenizer.bos_id)
         return ids
 

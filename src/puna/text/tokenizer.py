@@ -52,6 +52,7 @@ class Tokenizer(ABC):
         vocab_size: ids run from 0 to vocab_size - 1 (a model's embedding may have more rows: padding).
         special: the special tokens, name to id.
         bos_id, eos_id: None where the tokenizer has none.
+        adds_bos: whether the model expects a text to begin with bos: what its files say, else whether there is one.
         stop_ids: every id that ends an answer: eos, the generation's end-of-turn tokens, and generation_config.json's.
         chat_template: the Jinja source that came with the tokenizer, or None.
     """
@@ -81,6 +82,7 @@ class Tokenizer(ABC):
         self._splitter: re.Pattern[str] | None = None
         self.bos_id = self._named(beside.bos_token, _BOS_NAMES, "bos_token")
         self.eos_id = self._named(beside.eos_token, _EOS_NAMES, "eos_token")
+        self.adds_bos = self.bos_id is not None and beside.adds_bos is not False
         self.chat_template = beside.chat_template
         stops = {special[name] for name in _STOP_NAMES if name in special}
         stops.update(() if self.eos_id is None else (self.eos_id,))

@@ -34,6 +34,7 @@ class Beside:
 
     bos_token: str | Unsaid | None = field(default_factory=Unsaid)
     eos_token: str | Unsaid | None = field(default_factory=Unsaid)
+    adds_bos: bool | None = None
     chat_template: str | None = None
     eos_ids: tuple[int, ...] = ()
     added: Mapping[int, str] = field(default_factory=dict)
@@ -110,7 +111,11 @@ def read_beside(folder: Path) -> Beside:
         if name is None or not (key.isascii() and key.isdecimal() and len(key) < 10):
             raise _wrong(config_path, "added_tokens_decoder", "ids with their tokens", key)
         added[int(key)] = name
+    adds_bos = config.get("add_bos_token")
+    if not isinstance(adds_bos, bool | None):
+        raise _wrong(config_path, "add_bos_token", "true, false or null", adds_bos)
     return Beside(
+        adds_bos=adds_bos,
         bos_token=tokens["bos_token"],
         eos_token=tokens["eos_token"],
         chat_template=_read_chat_template(folder, config_path, config),

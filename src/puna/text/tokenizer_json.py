@@ -58,6 +58,9 @@ class JsonTokenizer(Tokenizer):
             beside=beside,
             strips_space=strips_space,
         )
+        if beside.adds_bos is None and self.bos_id is not None:
+            # The file's own post-processor decides, as in transformers: not every Llama-shaped model begins with BOS.
+            self.adds_bos = engine.encode("").ids[:1] == [self.bos_id]
         self._missing_bytes: frozenset[int] = frozenset()
         if byte_level:
             alphabet = _byte_level_alphabet().items()

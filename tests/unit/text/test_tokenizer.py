@@ -595,3 +595,29 @@ def test_importing_the_room_imports_no_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_whether_a_text_begins_with_bos_is_the_files_to_say(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Engine
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    vocabulary = {"<s>": 0, "</s>": 1, **{c: i + 2 for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}}
+    engine = Engine(models.BPE(vocab=vocabulary, merges=[]))
+    engine.add_special_tokens(["<s>", "</s>"])
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = decoders.ByteLevel()
+    path, config = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
+    engine.save(str(path))
+    assert load_tokenizer(path).bos_id == 0
+    assert not load_tokenizer(path).adds_bos
+    config.write_text('{"add_bos_token": true}')
+    assert load_tokenizer(path).adds_bos
+    config.unlink()
+    engine.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    engine.save(str(path))
+    assert load_tokenizer(path).adds_bos
+    config.write_text('{"add_bos_token": false}')
+    assert not load_tokenizer(path).adds_bos
+    config.write_text('{"add_bos_token": "yes"}')
+    with pytest.raises(TokenizerError, match="add_bos_token"):
+        load_tokenizer(path)
