@@ -14,6 +14,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,16 @@ def pedigree() -> dict[str, Any]:
 
 
 def interleaved(pairs: int, ours: Callable[[], float], theirs: Callable[[], float]) -> tuple[list[float], list[float]]:
-    """`pairs` measurements of each, taking turns and swapping who goes first; one of each before, not counted."""
+    """`pairs` measurements of each, taking turns and swapping who goes first; one of each before, not counted.
+
+    A pause before each lets the other's threads, which spin for a while after their work, fall asleep.
+    """
     ours(), theirs()
     a: list[float] = []
     b: list[float] = []
     for i in range(pairs):
         for mine in (True, False) if i % 2 == 0 else (False, True):
+            time.sleep(0.5)
             (a if mine else b).append(ours() if mine else theirs())
     return a, b
 

@@ -137,8 +137,8 @@ def main() -> None:
         )
         tokens = PREFILL if work == "prefill_512" else 1
         row[work] = {
-            "puna_tokens_s": {k: tokens / v for k, v in common.summary(a).items()},
-            "transformers_tokens_s": {k: tokens / v for k, v in common.summary(b).items()},
+            "puna_tokens_s": common.summary([tokens / seconds for seconds in a]),
+            "transformers_tokens_s": common.summary([tokens / seconds for seconds in b]),
             "ratio": common.ratio(b, a),
         }
     decode, prefill = (row[w]["puna_tokens_s"]["median"] for w in ("decode", "prefill_512"))
