@@ -69,6 +69,7 @@ class _Host:
         if native is not None:
             isa, reason = native.use(None if kernels == "auto" else kernels)
             self.threads = native.threads()
+            native.keep_freed_memory()
         for op in NAMES:
             fast = getattr(native, op, None) if native is not None else None
             if fast is not None:

@@ -44,6 +44,15 @@ def use(isa: str | None = None) -> tuple[str, str]:
     raise DeviceError(f"--kernels {isa}: {why}.", remedy=f"One of: auto, reference, {', '.join(isas())}.")
 
 
+def keep_freed_memory() -> bool:
+    """Have the C library keep freed memory for later activations; True where it can (glibc).
+
+    It holds for the whole process, which then stays as large as its largest prefill.
+    """
+    kept: bool = _cpu.keep_freed_memory()
+    return kept
+
+
 def set_threads(count: int) -> None:
     """How many threads the ops may use, the calling one included. Raises ValueError unless it lies in 1 to 1024."""
     _cpu.set_threads(count)

@@ -12,10 +12,15 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <cstdlib>
 #include <optional>
 #include <string>
 #include <thread>
 #include <vector>
+
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include "kernels.h"
 #include "pool.h"
@@ -356,12 +361,24 @@ void set_threads(int threads) {
 
 }  // namespace
 
+// Has the C library keep freed memory for the next allocation. By default glibc gives large blocks back at once, and
+// the zeroing of fresh pages for the activations costs a prefill of 512 tokens on a 1B model 6 % (0.3 of 2.6 s).
+bool keep_freed_memory() {
+#ifdef __GLIBC__
+    // Blocks up to 32 MiB (all that older versions accept) come from the heap, which shrinks above 1 GiB of slack.
+    return mallopt(M_MMAP_THRESHOLD, 32 << 20) && mallopt(M_TRIM_THRESHOLD, 1 << 30);
+#else
+    return false;
+#endif
+}
+
 NB_MODULE(_cpu, m) {
     using nb::arg;
     m.doc() = "The ops of puna.kernels.reference for NumPy arrays; see puna.kernels.cpu for the checked interface.";
     nb::module_::import_("atexit").attr("register")(nb::cpp_function(&Unlocked::end));
     m.def("tables", list_tables);
     m.def("use", use);
+    m.def("keep_freed_memory", keep_freed_memory);
     m.def("set_threads", set_threads);
     m.def("threads", puna_wanted_threads);
     m.def("embedding", embedding, arg().noconvert(), arg(), arg().noconvert(), arg().noconvert());
