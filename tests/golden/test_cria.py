@@ -42,6 +42,7 @@ def test_the_files_are_small_and_the_ones_that_were_measured(recorded):
     folder = find_model("cria")
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert set(sizes) == {
+        "LICENSE",
         "README.md",
         "config.json",
         "generation_config.json",
