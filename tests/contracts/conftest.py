@@ -15,7 +15,11 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+import puna
+
 SOURCE = Path(__file__).resolve().parents[2] / "src"
+INSTALLED = Path(puna.__file__).resolve().parents[1]
+"""Where the package under test lies, so that programs import the same one: installed, or this checkout's."""
 
 
 @pytest.fixture(scope="session")
@@ -31,10 +35,10 @@ def sources() -> Mapping[PurePosixPath, ast.Module]:
 
 @pytest.fixture(scope="session")
 def child() -> Callable[..., str]:
-    """Run a Python program in a fresh interpreter that imports the package from this checkout; gives its stdout."""
+    """Run a Python program in a fresh interpreter that imports the package under test; gives its stdout."""
 
     def run(program: str, *arguments: str) -> str:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(INSTALLED), os.environ.get("PYTHONPATH", "")])}
         done = subprocess.run(
             [sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True, timeout=60
         )

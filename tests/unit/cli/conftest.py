@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 
+import puna as package
 from puna.cli import run
 from puna.cli.main import main
 
 HERE = Path(__file__).resolve().parent
-SOURCE = HERE.parents[2] / "src"
+SOURCE = Path(package.__file__).resolve().parents[1]
+"""Where the package under test lies, so that programs import the same one: installed, or this checkout's."""
 SECONDS = 20.0
 """How long a test waits for a program before it fails; none needs a tenth of it."""
 

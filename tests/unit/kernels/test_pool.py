@@ -17,9 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import puna
+
 cpu = pytest.importorskip("puna.kernels.cpu", reason="the C++ extension is not built here")
 
-SOURCE = Path(__file__).resolve().parents[3] / "src"
+SOURCE = Path(puna.__file__).resolve().parents[1]
+"""Where the package under test lies, so that programs import the same one: installed, or this checkout's."""
 
 SETUP = """
 import os, threading, time
