@@ -21,7 +21,8 @@ from puna.errors import ChatFormatError, DeviceError, UsageError
 from puna.kernels import ops
 from puna.models.config import DecoderConfig
 from puna.types import Answer, FinishReason, Sampling, SamplingOptions, Timings
-from puna.weights.find import EMBEDDED, find_model
+from puna.weights.embedded import EMBEDDED
+from puna.weights.find import find_model
 
 if TYPE_CHECKING:
     from puna.text.chat import ChatFormat, Message

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puna.cli import flags, terminal
-from puna.cli.run import figures, verdict, with_seed
+from puna.cli.answers import figures, verdict, with_seed
 from puna.errors import ContextError, PunaError, UsageError
 from puna.settings import RunSettings, puna_home, typed_path
 from puna.text.chat import Message

@@ -8,20 +8,20 @@ is shown from its beginning, and a line end follows the answer.
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from puna.cli import terminal
+from puna.cli.answers import figures, verdict, with_seed
 from puna.errors import UsageError
 from puna.settings import RunSettings
-from puna.weights.find import EMBEDDED, find_model, looks_like_path
+from puna.weights.embedded import EMBEDDED
+from puna.weights.find import find_model, looks_like_path
 
 if TYPE_CHECKING:
     from puna.llm import LLM
-    from puna.types import Answer, Sampling
 
 INTERRUPTED = 130
 
@@ -44,32 +44,6 @@ def main(settings: RunSettings) -> int:
 
         return chat(llm, settings)
     return _answer(llm, prompt, settings)
-
-
-def with_seed(sampling: Sampling) -> Sampling:
-    """The sampling with a seed drawn where none is set, small enough for every JSON reader to keep exactly."""
-    return sampling if sampling.seed is not None else replace(sampling, seed=int.from_bytes(os.urandom(4), "big"))
-
-
-def verdict(answer: Answer, max_tokens: int | None, context: int) -> str:
-    """What a person must hear about the end of an answer; empty where the model itself came to an end."""
-    if answer.finish_reason == "length":
-        return f"[ended at --max-tokens {max_tokens}]"
-    if answer.finish_reason == "context":
-        return f"[ended: the model's context of {context} tokens is full]"
-    if answer.finish_reason == "cancelled":
-        return "[stopped]"
-    return ""
-
-
-def figures(answer: Answer) -> str:
-    """Counts and speeds in one line."""
-    t = answer.timings
-    return (
-        f"[{answer.prompt_tokens} tokens read in {t.prefill_seconds:.2f} s ({t.prefill_tokens_per_second:.1f}/s), "
-        f"{answer.completion_tokens} made in {t.decode_seconds:.2f} s ({t.decode_tokens_per_second:.1f}/s), "
-        f"{answer.kernels}]"
-    )
 
 
 def _load(settings: RunSettings) -> LLM:

@@ -7,14 +7,11 @@ What is surprising: a file named like a hub id wins over the hub; only one named
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 
 from puna.errors import CheckpointError
 from puna.settings import typed_path
-
-EMBEDDED = "cria"
-"""The model that ships inside the package."""
+from puna.weights.embedded import EMBEDDED, embedded_folder
 
 
 def find_model(model: str) -> Path:
@@ -23,7 +20,7 @@ def find_model(model: str) -> Path:
     Raises CheckpointError for a path that is not there, HubError for a name that is unknown or not pulled yet.
     """
     if model == EMBEDDED:
-        return Path(str(files("puna") / "data" / EMBEDDED))
+        return embedded_folder()
     path = typed_path(model)
     try:
         if path.exists():

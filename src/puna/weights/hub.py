@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from puna.catalog import models as catalog
 from puna.errors import HubError
 from puna.weights import installed as books
-from puna.weights.find import EMBEDDED
+from puna.weights.embedded import EMBEDDED
 from puna.weights.hub_errors import explained
 from puna.weights.hub_job import Job
 from puna.weights.hub_listing import INDEX, list_files

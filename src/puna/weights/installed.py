@@ -21,7 +21,7 @@ from typing import Any, Literal
 from puna.catalog import models as catalog
 from puna.errors import HubError
 from puna.settings import puna_home
-from puna.weights.find import EMBEDDED, find_model
+from puna.weights.embedded import EMBEDDED, embedded_folder
 
 _FORMAT = 1
 _MAX_RECORD = 16 << 20  # bytes; a record takes about 200 a file
@@ -87,12 +87,6 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def embedded_folder() -> Path | None:
-    """Where the embedded model lies, or None in a package built without it."""
-    folder = find_model(EMBEDDED)
-    return folder if folder.is_dir() else None
-
-
 def read_record(name: str) -> Record | None:
     """The record of the model called `name` (a hub id, or the name a Meta pull was recorded by), or None.
 
@@ -152,7 +146,7 @@ def installed() -> list[InstalledModel]:
     """
     rows = []
     embedded = embedded_folder()
-    if embedded is not None:
+    if embedded.is_dir():
         size = sum(path.stat().st_size for path in embedded.rglob("*") if path.is_file())
         rows.append(InstalledModel(EMBEDDED, EMBEDDED, "embedded", embedded, size, True, "", "", None))
     for record in records():

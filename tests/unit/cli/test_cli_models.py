@@ -46,7 +46,7 @@ def test_the_catalog_as_table_and_document(puna: Puna) -> None:
 
 
 def test_nothing_is_here(puna: Puna, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("puna.weights.installed.embedded_folder", lambda: None)
+    monkeypatch.setattr("puna.weights.installed.embedded_folder", lambda: Path("not there"))
     said = puna("list")
     assert (said.code, said.out) == (0, "")
     assert "puna models" in said.err
@@ -54,7 +54,7 @@ def test_nothing_is_here(puna: Puna, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_was_pulled_is_listed(puna: Puna, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("puna.weights.installed.embedded_folder", lambda: None)
+    monkeypatch.setattr("puna.weights.installed.embedded_folder", lambda: Path("not there"))
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "model.safetensors").write_bytes(b"x" * 2500)
     when = datetime(2026, 1, 2, tzinfo=UTC).isoformat()
