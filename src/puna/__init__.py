@@ -1,4 +1,4 @@
-"""Puna: run, serve, modify and shrink Meta's Llama family on hardware you own.
+"""Puna: run Meta's Llama family on hardware you own.
 
 `from puna import LLM` is the front door. Nothing is imported until it is asked for (PEP 562), so `import puna` costs
 nothing and `puna --help` stays instant.

@@ -3,7 +3,7 @@
 What it is: the walk from a prompt to text on this machine: load, encode, step the engine, detokenize.
 What it is not: a server, or several requests at once.
 What is surprising: a model that has a chat format takes a string as a user's message; `raw=True` (or a model without
-one, such as `cria`) continues the text itself. Which of the two happened is `LLM.chat_format` being None or not.
+one, such as `cria`) continues the text itself. Whether a model has one is `LLM.chat_format` being None or not.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def overview() -> str:
     commands = "\n".join(f"  {name:<{width}}  {flags.summary(settings)}" for name, settings in COMMANDS.items())
     return (
         "Usage: puna COMMAND [options]\n\n"
-        "Run, serve, modify and shrink Meta's Llama family on hardware you own.\n\n"
+        "Run Meta's Llama family on hardware you own.\n\n"
         f"Commands:\n{commands}\n\n"
         "`puna COMMAND --help` describes one. `puna --version` prints the version.\n"
         'Try: puna run cria "Once upon a time"'

@@ -3,8 +3,9 @@
 What it is: nine signatures. An op goes by where its arrays live: NumPy arrays to our C++ (or to the NumPy reference
 where the extension is absent or was not asked for), torch tensors to torch.
 What it is not: arithmetic. Each op is defined in `reference.py`; read that for shapes and formulas.
-What is surprising: the table is settled once, on first use or by `select()` at start-up, and then stays; nothing is
-probed between two tokens. `table()` prints what was chosen, with the reason (`puna doctor` shows it).
+What is surprising: the table holds for the whole process. It is settled on first use or by `select()`, and stays until
+another `select()`; nothing is probed between two tokens. `table()` gives what was chosen, with the reason
+(`puna doctor` shows it).
 """
 
 from __future__ import annotations

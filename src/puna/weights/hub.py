@@ -79,8 +79,8 @@ def pull(
     """Fetch a model into the hub's cache and pin it.
 
     Fetched are the configuration, the tokenizer, the chat template, the licence, and the safetensors with their index;
-    never pickles or code. What is already in the cache is checked, not fetched; what an earlier pull checked and
-    nothing has touched since is not even read.
+    never pickles (but Meta's own, with `original`) or code. What is already in the cache is checked, not fetched; what
+    an earlier pull checked and nothing has touched since is not even read.
 
     Args:
         name: a short name of the catalog (`llama3.2:1b`) or a hub id (`org/name`).
