@@ -60,6 +60,14 @@ def install_mb() -> float:
         return size / 1e6
 
 
+def make_run_s() -> float:
+    """Seconds of `make run` in a fresh clone: environment, compiler, installation, story."""
+    root = Path(__file__).resolve().parent.parent
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["git", "clone", "--quiet", str(root), folder], check=True)
+        return whole(["make", "-C", folder, "run"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=11)
@@ -77,6 +85,7 @@ def main() -> None:
         run()
         row[name] = common.summary([run() for _ in range(options.runs)])
     row["core_install_mb"] = install_mb()
+    row["fresh_make_run_s"] = make_run_s()
     common.record("startup", row | common.pedigree(), options.record)
 
 

@@ -9,11 +9,11 @@ one, such as `cria`) continues the text itself. Whether a model has one is `LLM.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from puna.engine.engine import Engine
 from puna.engine.runner import HostRunner, Logits, Runner
@@ -27,9 +27,6 @@ from puna.weights.find import find_model
 if TYPE_CHECKING:
     from puna.text.chat import ChatFormat, Message
     from puna.text.tokenizer import Tokenizer
-
-_settled: str | None = None
-"""The choice of kernels that the last LLM to compute has made."""
 
 
 class LLM:
@@ -55,8 +52,8 @@ class LLM:
             raise UsageError(
                 f"--kernels {kernels} is about the CPU, and --device is {device}.", remedy="Leave one of them out."
             )
-        self._choice = kernels
-        self.settle_kernels()
+        self.kernels_asked = kernels
+        ops.select(kernels)
         self.name = str(model)
         self.path = find_model(self.name)
         loaded = load(self.path, dtype=dtype, tokenizer=Path(tokenizer) if tokenizer is not None else None)
@@ -76,13 +73,6 @@ class LLM:
             self.kernels = f"torch {device}"
         self._runner = runner
         self._engine = Engine(runner)
-
-    def settle_kernels(self) -> None:
-        """Have this model's kernels serve: one choice holds for the process, and another LLM may have made its own."""
-        global _settled
-        if self._choice != _settled:
-            ops.select(self._choice)
-            _settled = self._choice
 
     def encode(self, prompt: str | Sequence[Message], *, system: str | None = None, raw: bool = False) -> list[int]:
         """The token ids that `stream` starts from: BOS and the text, or the chat rendered by the model's own format.
@@ -128,13 +118,12 @@ class LLM:
         Raises ContextError, ChatFormatError or UsageError before anything is computed.
         """
         sampling = Sampling(**options)
-        as_ids = not isinstance(prompt, str) and all(isinstance(item, Integral) for item in prompt)
-        if as_ids:
-            if system is not None:
-                raise UsageError("A system message cannot be added to token ids.")
-            ids = [int(item) for item in prompt]  # type: ignore[arg-type]
-        else:
+        ids = _token_ids(prompt)
+        as_ids = ids is not None
+        if ids is None:
             ids = self.encode(prompt, system=system, raw=raw)  # type: ignore[arg-type]
+        elif system is not None:
+            raise UsageError("A system message cannot be added to token ids.", remedy="Give messages, or a text.")
         # An answer in a chat is a text of its own; elsewhere it goes on where the prompt ends, spaces and all.
         follows = ids if as_ids or raw or self.chat_format is None else []
         request = self._engine.submit(ids, sampling, self.stop_ids)
@@ -156,9 +145,11 @@ class LLM:
 
     def logits(self, prompt: str | Sequence[int], *, raw: bool = True) -> Logits:
         """Logits after every token of a text (or of ids): float32 [T, V]. Raises ContextError when it is too long."""
-        ids = self.encode(prompt, raw=raw) if isinstance(prompt, str) else list(prompt)
+        ids = _token_ids(prompt)
+        if ids is None:
+            ids = self.encode(prompt, raw=raw)  # type: ignore[arg-type]
         self._engine.check_prompt(ids, answer=0)
-        self.settle_kernels()
+        ops.select(self.kernels_asked)
         return self._runner.all_logits(ids)
 
 
@@ -210,7 +201,7 @@ class Stream:
 
     def _advance(self) -> str:
         """One step of the engine; the text it makes certain, often none."""
-        self._llm.settle_kernels()
+        ops.select(self._llm.kernels_asked)  # another LLM may have made its own choice since
         progress = self._engine.step()
         self.prefilled, self._reused = progress.prefilled, progress.reused
         if progress.token is None and progress.finish is None:
@@ -253,6 +244,21 @@ class Stream:
             kernels=self._llm.kernels,
             notes=self._llm.notes,
         )
+
+
+def _token_ids(prompt: object) -> list[int] | None:
+    """The prompt as token ids, or None for a text or messages. Raises UsageError for what is neither."""
+    if isinstance(prompt, str):
+        return None
+    items: list[Any] = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, bytes) else [None]
+    if all(isinstance(item, Integral) and not isinstance(item, bool) for item in items):
+        return [int(item) for item in items]
+    if any(item is None or isinstance(item, str | bytes | float) for item in items):
+        raise UsageError(
+            f"A prompt is a text, a list of messages, or a list of token ids, not {prompt!r:.80}.",
+            remedy='Give a str, [puna.text.chat.Message("user", "...")], or whole numbers.',
+        )
+    return None
 
 
 def torch_engine(device: str) -> ModuleType:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Literal, TypedDict
 
 from puna.errors import UsageError
@@ -44,17 +45,27 @@ class Sampling:
     def __post_init__(self) -> None:
         def need(fits: bool, name: str, what: str) -> None:
             if not fits:
-                raise UsageError(f"{name} must be {what}, not {getattr(self, name)!r}.")
+                raise UsageError(
+                    f"{name} must be {what}, not {getattr(self, name)!r:.80}.",
+                    remedy=f"Leave it out for the default, {type(self).__dataclass_fields__[name].default!r}.",
+                )
 
-        need(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "0 or larger")
-        need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        need(self.top_k >= 0, "top_k", "0 (off) or larger")
-        need(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
-        need(self.seed is None or 0 <= self.seed < 1 << 64, "seed", "a whole number from 0 to 2^64 - 1")
-        need(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "1 or larger")
+        def number(value: object) -> bool:  # NumPy's count, True does not
+            return isinstance(value, Real) and not isinstance(value, bool)
+
+        def whole(value: object) -> bool:
+            return isinstance(value, Integral) and not isinstance(value, bool)
+
+        need(number(self.temperature) and 0 <= self.temperature < math.inf, "temperature", "a number, 0 or larger")
+        need(number(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number above 0 and at most 1")
+        need(whole(self.top_k) and self.top_k >= 0, "top_k", "a whole number, 0 (off) or larger")
+        need(number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number between 0 and 1")
+        seed, most = self.seed, self.max_tokens
+        need(seed is None or (whole(seed) and 0 <= seed < 1 << 64), "seed", "a whole number from 0 to 2^64 - 1")
+        need(most is None or (whole(most) and most >= 1), "max_tokens", "a whole number, 1 or larger")
         # A string is a sequence of strings too: each of its characters would end the answer.
-        need(not isinstance(self.stop, str), "stop", "a tuple of strings")
-        need(all(self.stop), "stop", "strings of at least one character")
+        texts = isinstance(self.stop, tuple | list) and all(isinstance(text, str) and text for text in self.stop)
+        need(texts, "stop", "a tuple of strings of at least one character")
 
 
 @dataclass(frozen=True)

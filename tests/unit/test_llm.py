@@ -175,3 +175,33 @@ def test_an_answer_in_a_chat_is_a_text_of_its_own(reference: Path) -> None:
     answered = llm.generate("Once upon", temperature=0, max_tokens=10)
     assert answered.token_ids == continued.token_ids
     assert answered.text == continued.text[1:]  # sentencepiece's space, which Meta's decoding of an answer drops too
+
+
+@pytest.mark.parametrize("prompt", [None, 7, [1.5, 2.7], ["a"], b"x", [True]])
+def test_what_is_no_prompt_is_refused_before_anything_runs(llm: LLM, prompt: object) -> None:
+    for use in (llm.generate, llm.logits):
+        with pytest.raises((UsageError, ChatFormatError)):
+            use(prompt)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("temperature", value) for value in ("a", None, True, float("inf"))),
+        *(("top_k", value) for value in (1.5, "1", True)),
+        *(("max_tokens", value) for value in (1.5, "3", True)),
+        *(("seed", value) for value in (1.5, "a", -1)),
+        *(("stop", value) for value in ("END", None, (1,), ("",))),
+        *((name, "x") for name in ("top_p", "min_p")),
+    ],
+)
+def test_an_option_of_the_wrong_kind_is_refused_by_name(llm: LLM, field: str, value: object) -> None:
+    with pytest.raises(UsageError, match=field) as caught:
+        llm.stream(PROMPT, **{field: value})
+    assert caught.value.remedy
+
+
+def test_kernels_chosen_elsewhere_do_not_stay(llm: LLM) -> None:
+    ops.select("reference")
+    llm.generate(PROMPT, max_tokens=2)
+    assert ops.summary() == llm.kernels

@@ -89,7 +89,7 @@ class Engine:
             raise ContextError(
                 f"The prompt's {len(prompt)} tokens{asked} exceed the model's context of {config.context_length} "
                 f"by {over} tokens.",
-                remedy="Shorten the prompt, or lower --max-tokens. Puna never cuts a context.",
+                remedy=f"Shorten the prompt{' or lower max_tokens' if answer > 1 else ''}. Puna never cuts a context.",
             )
 
     def step(self) -> Progress:

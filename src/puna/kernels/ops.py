@@ -94,7 +94,8 @@ def select(kernels: str = "auto") -> None:
     global _host
     if kernels not in KERNELS:
         raise UsageError(f"--kernels {kernels}: no such kernels.", remedy=f"One of: {', '.join(KERNELS)}.")
-    _host = _Host(kernels)
+    if _host is None or _host.kernels != kernels:
+        _host = _Host(kernels)
 
 
 def table() -> list[Choice]:
