@@ -1,7 +1,8 @@
 """Every error Puna raises on purpose, each with what to do next.
 
 What it is: one small tree of exceptions. `UserError` and its children mean that the input (a file, a flag, a prompt)
-is at fault: the command line prints them without a traceback and exits with 2. Any other `PunaError` exits with 1.
+is at fault: the command line prints them without a traceback and exits with 2. Any other `PunaError` exits with 1, and
+so do the two kinds of `HubError` for which the input is not at fault: the network, and the disk.
 What it is not: a place for messages; whoever finds the fault words it.
 What is surprising: `remedy` is not optional prose. An error without a next step is half an error.
 """
@@ -55,6 +56,18 @@ class ContextError(UserError):
 
 class HubError(UserError):
     """A model that could not be found or fetched."""
+
+
+class UnreachableError(HubError):
+    """The hub or the network failed; the input is not at fault."""
+
+    exit_code = 1
+
+
+class StorageError(HubError):
+    """A fetched model has no room on the disk, or its folder cannot be written; the input is not at fault."""
+
+    exit_code = 1
 
 
 class DeviceError(UserError):

@@ -102,7 +102,7 @@ class RunSettings(Settings):
     a prompt, at a terminal, a chat begins. A model without a chat format (a base model, or cria) continues the text.
 
     MODEL is cria (the model inside the package, and the default), a file or folder, a hub id (org/name) or a short name
-    (llama3.2:1b) that was pulled. A single argument that has spaces, and is no path, is taken as PROMPT.
+    (llama3.2:1b) that was pulled. A single argument that is `-`, or has spaces and is no path, is taken as PROMPT.
 
     A prompt that does not fit the model's context is an error. An answer that ends because of --max-tokens or because
     the context is full says so on stderr.

@@ -299,10 +299,12 @@ class _Chat:
             if name not in kinds:
                 near = flags.suggestion(name, list(kinds))
                 raise UsageError(f"There is no setting {name}.", remedy=near or f"One of: {', '.join(kinds)}.")
-            word = word.strip()
+            word, example = word.strip(), f"For example: /set {name} {_example(name)}"
             if not word:
-                raise UsageError(f"/set {name} needs a value.", remedy=f"For example: /set {name} {_example(name)}")
-            self.session.sampling = replace(self.session.sampling, **{name: flags.value(name, kinds[name], word)})
+                raise UsageError(f"/set {name} needs a value.", remedy=example)
+            self.session.sampling = replace(
+                self.session.sampling, **{name: flags.value(name, kinds[name], word, example)}
+            )
         shown = (f"{each.name} {_plain(getattr(self.session.sampling, each.name))}" for each in fields(Sampling))
         terminal.note("  ".join(shown))
 
@@ -346,11 +348,14 @@ def _file(name: str, command: str) -> Path:
 
 
 def _plain(value: Any) -> str:
-    return "none" if value in (None, ()) else str(value)
+    """A setting's value as a person reads it; stop texts in quotes, so that their spaces and line ends are seen."""
+    if value in (None, ()):
+        return "none"
+    return ", ".join(map(repr, value)) if isinstance(value, tuple) else str(value)
 
 
 def _example(name: str) -> str:
-    return "none" if getattr(Sampling(), name) in (None, ()) else str(getattr(Sampling(), name))
+    return _plain(getattr(Sampling(), name))
 
 
 class _line_editing:  # noqa: N801 - used as a function is

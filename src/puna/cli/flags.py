@@ -66,6 +66,10 @@ def read(settings: type[S], arguments: Sequence[str]) -> S:
     missing = [spelling(each) for each in fields(settings) if flag(each).required and values.get(each.name) is None]
     if missing:
         raise UsageError(f"puna {settings.command} needs {' and '.join(missing)}.", remedy=usage(settings))
+    for each in places:
+        # An empty name would be taken for the current folder, as an empty path is.
+        if flag(each).required and values[each.name] == "":
+            raise UsageError(f'{spelling(each)} is empty: ""', remedy=usage(settings))
     return settings(**{name: value for name, value in values.items() if value is not None})
 
 
@@ -119,8 +123,11 @@ def summary(settings: type[Settings]) -> str:
     return description(settings).partition("\n")[0].removesuffix(".")
 
 
-def value(name: str, kind: Any, word: str) -> Any:
-    """A word as a value of a field's type; `none` is what switches an optional one off. Raises UsageError."""
+def value(name: str, kind: Any, word: str, remedy: str) -> Any:
+    """A word as a value of a field's type; `none` is what switches an optional one off.
+
+    Raises UsageError, with the `remedy`, for a word that is none.
+    """
     if kind == tuple[str, ...]:
         return () if word == "none" else (word,)
     if word == "none" and kind == int | None:
@@ -128,7 +135,7 @@ def value(name: str, kind: Any, word: str) -> Any:
     try:
         return _reader(kind)(word)
     except argparse.ArgumentTypeError as error:
-        raise UsageError(f"{name} {error}.") from error
+        raise UsageError(f"{name} {error}.", remedy=remedy) from error
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ from puna.settings import COMMANDS, Settings, debug_wanted
 INTERRUPTED = 130
 EXIT_CODES = {
     0: "done",
-    1: "anything but the following; also when nobody reads the output any more",
+    1: "anything else: a hub that cannot be reached, a full disk; also when nobody reads the output any more",
     2: "the input is at fault: a flag, a file, a prompt",
     INTERRUPTED: "interrupted (Ctrl-C)",
 }

@@ -14,6 +14,7 @@ from puna.catalog import models as catalog
 from puna.cli import terminal
 from puna.errors import UsageError
 from puna.settings import PullSettings
+from puna.weights.embedded import EMBEDDED
 
 if TYPE_CHECKING:
     from puna.weights.fetch import Progress
@@ -22,11 +23,16 @@ if TYPE_CHECKING:
 
 def main(settings: PullSettings) -> int:
     """Run the command."""
+    if settings.name == EMBEDDED:
+        raise UsageError(
+            f"{EMBEDDED} is inside the package: there is nothing to pull.", remedy=f"Run it: puna run {EMBEDDED}"
+        )
     if settings.meta_url is not None and (settings.revision is not None or settings.original):
         raise UsageError(
             "--revision and --original are the hub's, and --meta-url fetches from Meta.",
             remedy="Leave them out: Meta's link has one revision, and its files are the original ones.",
         )
+    _check_name(settings)
     entry = catalog.find(settings.name)
     if entry is not None and not entry.runnable:
         terminal.note(f"note: {entry.name} can be fetched, not run yet: {entry.not_runnable_because}.")
@@ -53,6 +59,16 @@ def main(settings: PullSettings) -> int:
     terminal.note(f"{pulled.name} is here: {terminal.size(pulled.bytes_total)}, {fetched}, in {pulled.folder}")
     terminal.note(f'Try: puna run {settings.name} "Hello"')
     return 0
+
+
+def _check_name(settings: PullSettings) -> None:
+    """Raises HubError for a name that no pull can be for, before anything says that it is being fetched."""
+    from puna.weights.hub import hub_id_of
+
+    if settings.meta_url is None:
+        hub_id_of(settings.name)
+    else:
+        catalog.lookup(settings.name)
 
 
 def _doing(now: Progress) -> str:

@@ -14,8 +14,9 @@ from puna.settings import RemoveSettings
 
 def main(settings: RemoveSettings) -> int:
     """Run the command. Raises UsageError where it may not ask, PunaError where the person says no."""
-    from puna.weights.hub import remove
+    from puna.weights.hub import removable, remove
 
+    removable(settings.name)  # nobody is asked about what is not there
     if not settings.yes:
         if not terminal.is_terminal(sys.stdin):
             raise UsageError(

@@ -59,11 +59,13 @@ def _load(settings: RunSettings) -> LLM:
 
 
 def _sorted_out(settings: RunSettings) -> RunSettings:
-    """With the model and a seed settled, and a lone text in the model's place taken for the prompt."""
+    """With the model settled, and a lone `-` or text in the model's place taken for the prompt."""
     model, prompt = settings.model, settings.prompt
     if model == "":
         raise UsageError('MODEL is empty: ""', remedy=f'Name a model: puna run {EMBEDDED} "{prompt or ""}"')
-    if model is not None and prompt is None and _is_text(model):
+    if model == "-" and prompt is None:
+        model, prompt = None, "-"
+    elif model is not None and prompt is None and _is_text(model):
         terminal.note(f"note: no MODEL is named, so {EMBEDDED} gets this text")
         model, prompt = None, model
     return replace(settings, model=model or EMBEDDED, prompt=prompt)

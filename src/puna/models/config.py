@@ -21,6 +21,8 @@ from puna.models.rope import Llama3Scaling, Rope
 
 _ANOTHER = "This model cannot run here; `puna models` lists those that can."
 
+_DAMAGED = "The file may be damaged: fetch it again."
+
 LARGEST_SIZE = 1 << 20
 """No released Llama has a dimension near this; a larger number in a file is damage or an attack."""
 
@@ -72,7 +74,9 @@ class Fields:
 
     def __post_init__(self) -> None:
         if not isinstance(self.data, Mapping):
-            raise ConfigError(f"{self.source}: expected a JSON object, found {type(self.data).__name__}.")
+            raise ConfigError(
+                f"{self.source}: expected a JSON object, found {type(self.data).__name__}.", remedy=_DAMAGED
+            )
 
     def has(self, key: str) -> bool:
         """Whether the key is there with a value other than null."""
@@ -137,7 +141,7 @@ class Fields:
         """Keys that no getter asked for."""
         return tuple(str(key)[:80] for key in self.data if key not in self.asked)
 
-    def fault(self, key: str, what: str, *, remedy: str = "The file may be damaged: fetch it again.") -> ConfigError:
+    def fault(self, key: str, what: str, *, remedy: str = _DAMAGED) -> ConfigError:
         """The error for a key."""
         return ConfigError(f"{self.source}: {key!r} {what}.", remedy=remedy)
 
@@ -167,12 +171,12 @@ def read_hub(data: Mapping[str, Any], source: str = "config.json") -> ReadConfig
     head_dim = f.integer("head_dim", max(1, dim // heads))
     context = f.integer("max_position_embeddings", most=1 << 26)
     rope = _read_hub_rope(f, head_dim)
-    vocab = f.integer("vocab_size", most=1 << 24)
+    vocab, layers = f.integer("vocab_size", most=1 << 24), f.integer("num_hidden_layers", most=4096)
     config = DecoderConfig(
-        generation=_generation(vocab, context, rope),
+        generation=_generation(vocab, layers, context, rope),
         vocab_size=vocab,
         dim=dim,
-        layers=f.integer("num_hidden_layers", most=4096),
+        layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -301,15 +305,17 @@ def read_meta(data: Mapping[str, Any], source: str = "params.json", *, vocab_siz
         )
     rope = Rope(head_dim, theta, llama3=scaling)
     # Llama 1's norm_eps is 1e-6 in the 7B and 13B and 1e-5 in the 33B and 65B. Llama 2's is 1e-5; its 7B and 13B have
-    # no other key that tells them, and its 70B, as wide as the 65B, has those of grouped attention.
+    # no other key that tells them, and its 70B, as wide as the 65B, has those of grouped attention. So have the two
+    # Code Llama 70B with Llama 2's rope and context.
     grouped = f.has("n_kv_heads") or f.has("ffn_dim_multiplier")
     second = grouped or (f.number("norm_eps") == 1e-5 and dim <= llama2.WIDEST_UNGROUPED)
     context = _meta_context(f, vocab, rope, llama2.CONTEXT if second else llama1.CONTEXT)
+    layers = f.integer("n_layers", most=4096)
     config = DecoderConfig(
-        generation=_generation(vocab, context, rope),
+        generation=_generation(vocab, layers, context, rope),
         vocab_size=vocab,
         dim=dim,
-        layers=f.integer("n_layers", most=4096),
+        layers=layers,
         heads=heads,
         kv_heads=f.integer("n_kv_heads", heads),
         head_dim=head_dim,
@@ -385,13 +391,14 @@ def write_meta(config: DecoderConfig) -> dict[str, Any]:
     return params
 
 
-def _generation(vocab: int, context: int, rope: Rope) -> str:
+def _generation(vocab: int, layers: int, context: int, rope: Rope) -> str:
     """Which page the numbers belong to. Llama 3.3 has 3.1's numbers and 3.1's chat format, so it is called 3.1 here."""
     if rope.llama3 is not None:
         return "llama3.2" if rope.llama3.factor == llama3.SCALING_3_2.factor else "llama3.1"
     if vocab >= llama3.VOCAB_SIZE:
         return "llama3"
-    if rope.theta == llama2.CODE_ROPE_THETA:
+    code_70b = (vocab, layers) == (llama2.CODE_70B_VOCAB_SIZE, llama2.CODE_70B_LAYERS)
+    if rope.theta == llama2.CODE_ROPE_THETA or code_70b:
         return "codellama"
     return "llama2" if context > llama1.CONTEXT else "llama1"
 
@@ -399,6 +406,10 @@ def _generation(vocab: int, context: int, rope: Rope) -> str:
 def _check(config: DecoderConfig, source: str) -> None:
     """What no single key can show wrong."""
     if config.heads % config.kv_heads:
-        raise ConfigError(f"{source}: {config.heads} heads cannot share {config.kv_heads} key/value heads evenly.")
+        raise ConfigError(
+            f"{source}: {config.heads} heads cannot share {config.kv_heads} key/value heads evenly.", remedy=_DAMAGED
+        )
     if config.head_dim % 2:
-        raise ConfigError(f"{source}: head_dim is {config.head_dim}; rope turns pairs, so it must be even.")
+        raise ConfigError(
+            f"{source}: head_dim is {config.head_dim}; rope turns pairs, so it must be even.", remedy=_DAMAGED
+        )

@@ -2,8 +2,9 @@
 
 Touvron et al. 2023, "Llama 2"; Rozière et al. 2023, "Code Llama". New since Llama 1: 4,096 tokens of context, and in
 the 70B eight key/value heads shared by groups of heads (GQA, Ainslie et al. 2023) with a feed-forward layer 1.3 times
-as wide. Code Llama is the same decoder with rope's base raised to 10⁶ and trained on 16,384 tokens; its 7B and 13B add
-16 rows to the vocabulary for infilling.
+as wide. Code Llama is the same decoder with rope's base raised to 10⁶ and trained on 16,384 tokens, except the 70B
+Instruct and Python, which kept Llama 2's 10⁴ and 4,096 (its maintainers, meta-llama/codellama issue 188); its 7B, 13B
+and 70B add 16 rows to the vocabulary, for infilling and for the 70B's chats.
 What is surprising: Meta's files do not store the width of the feed-forward layer; it follows from the formula below.
 """
 
@@ -15,6 +16,10 @@ WIDEST_UNGROUPED = 5120
 
 CODE_CONTEXT = 16384
 CODE_ROPE_THETA = 1_000_000.0
+
+CODE_70B_VOCAB_SIZE = 32016
+CODE_70B_LAYERS = 80
+"""Together these tell a Code Llama 70B, whatever its rope: Llama 2's 70B has a vocabulary of 32,000."""
 
 
 def hidden_dim(dim: int, multiple_of: int, multiplier: float = 1.0) -> int:

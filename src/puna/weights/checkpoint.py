@@ -19,7 +19,7 @@ from puna.errors import CheckpointError
 from puna.models import decoder
 from puna.models.config import DecoderConfig, ReadConfig, read_hub, read_meta
 from puna.weights import llama2c, meta, names, safetensors
-from puna.weights.files import ITEM_SIZE, LazyTensor, MappedFile, listed, read_json, same_bits
+from puna.weights.files import ITEM_SIZE, LazyTensor, MappedFile, listed, read_json, same_bits, shown, unreadable
 from puna.weights.torch_file import open_torch, state_tensors
 
 __all__ = ["Checkpoint", "Format", "LazyTensor", "open_checkpoint"]
@@ -69,7 +69,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     try:
         return _open_folder(path) if path.is_dir() else _open_file(path)
     except OSError as error:
-        raise CheckpointError(f"{error.filename or path}: cannot be read ({error.strerror or error}).") from error
+        raise unreadable(error.filename or path, error) from error
     except RecursionError as error:
         raise CheckpointError(f"{path}: a file is nested too deeply.", remedy="Fetch it again.") from error
 
@@ -81,10 +81,12 @@ def _open_file(path: Path) -> Checkpoint:
         return _open_safetensors(path, path.parent)
     if path.suffix == ".json":
         raise CheckpointError(f"{path}: not a file of weights.", remedy="Name the folder it lies in, or the weights.")
+    if path.name.startswith(_ADAPTER_PREFIX) and (path.parent / _ADAPTER_CONFIG_NAME).is_file():
+        raise _adapter(path)
     file = MappedFile(path)
     start = file.bytes[:10]
     if start[:4] == b"GGUF":
-        raise CheckpointError(f"{path}: a GGUF file, which this version of Puna does not read.", remedy=_FORMATS)
+        raise CheckpointError(f"{path}: a GGUF file, which this version of Puna does not read.", remedy=_NOT_GGUF)
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         if meta.SHARD_NAME.fullmatch(path.name) and (path.parent / meta.PARAMS_NAME).is_file():
             return _open_meta(path, path.parent)
@@ -94,7 +96,7 @@ def _open_file(path: Path) -> Checkpoint:
         if index.is_file() and path.name != safetensors.SINGLE_NAME:
             return _open_safetensors(index, path.parent)
         return _open_safetensors(path, path.parent)
-    if start[:4] == llama2c.MAGIC or llama2c.plausible(file):
+    if llama2c.recognised(file):
         read_config, tensors, ignored = llama2c.read(file)
         tokenizer = _find_tokenizer(path.parent, read_config.config, "llama2c")
         return Checkpoint(path, "llama2c", read_config, tensors, ignored, tokenizer, path.parent, (path,))
@@ -104,15 +106,22 @@ def _open_file(path: Path) -> Checkpoint:
 _LOOSE_NAMES = ("model.bin", "pytorch_model.bin")
 
 _FORMATS = (
-    "It reads Hugging Face safetensors, Meta's consolidated.*.pth with params.json, .pt files of torch.save, and "
+    "Puna reads Hugging Face safetensors, Meta's consolidated.*.pth with params.json, .pt files of torch.save, and "
     "llama2.c's .bin (version 0)."
 )
+
+_NOT_GGUF = f"Fetch the model in another format. {_FORMATS}"
+
+# PEFT's names for what it saves.
+_ADAPTER_CONFIG_NAME = "adapter_config.json"
+_ADAPTER_PREFIX = "adapter_model."
 
 
 def _open_folder(folder: Path) -> Checkpoint:
     index, single = folder / safetensors.INDEX_NAME, folder / safetensors.SINGLE_NAME
     shards = sorted(p for p in folder.iterdir() if meta.SHARD_NAME.fullmatch(p.name))
-    others = sorted(folder.glob("*.safetensors"))
+    adapter = (folder / _ADAPTER_CONFIG_NAME).is_file()
+    others = sorted(p for p in folder.glob("*.safetensors") if not (adapter and p.name.startswith(_ADAPTER_PREFIX)))
     hub = [p for p in (index, single) if p.is_file()] or others[:1]
     if hub and shards:
         raise CheckpointError(
@@ -133,12 +142,39 @@ def _open_folder(folder: Path) -> Checkpoint:
         return _open_safetensors(hub[0], folder)
     if shards:
         return _open_meta(folder, folder)
+    # Before the loose files: beside an adapter lie the .pt files of its training's optimizer.
+    if adapter and not any((folder / name).is_file() for name in _LOOSE_NAMES):
+        raise _adapter(folder)
     loose = sorted(p for p in folder.iterdir() if p.suffix in (".pt", ".pth") or p.name in _LOOSE_NAMES)
     if len(loose) == 1:
         return _open_file(loose[0])
     if loose:
         raise CheckpointError(f"{folder}: several models: {listed(p.name for p in loose)}.", remedy="Name one of them.")
-    raise CheckpointError(f"{folder}: no weights in this folder.", remedy=_FORMATS)
+    # A .bin of llama2.c may have any name and has no magic number, so it is opened only when it is named.
+    if bins := sorted(p.name for p in folder.glob("*.bin") if _is_llama2c(p)):
+        raise CheckpointError(
+            f"{folder}: no weights but llama2.c's: {listed(bins)}.",
+            remedy=f"Name the file: {folder / shown(bins[0])}",
+        )
+    if ggufs := sorted(p.name for p in folder.glob("*.gguf")):
+        raise CheckpointError(
+            f"{folder}: no weights but GGUF ({listed(ggufs)}), which this version of Puna does not read.",
+            remedy=_NOT_GGUF,
+        )
+    raise CheckpointError(f"{folder}: no weights in this folder.", remedy=f"Name the folder that has them. {_FORMATS}")
+
+
+def _adapter(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: a LoRA adapter ({_ADAPTER_CONFIG_NAME} says so), not a model.",
+        remedy="Merge it into its base model (PEFT's merge_and_unload, then save_pretrained), and name the result.",
+    )
+
+
+def _is_llama2c(path: Path) -> bool:
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    return llama2c.recognised(MappedFile(path))
 
 
 def _open_safetensors(weights: Path, folder: Path) -> Checkpoint:
@@ -221,7 +257,7 @@ def _convention(path: Path, stored: Mapping[str, LazyTensor]) -> names.Conventio
             return convention
     raise CheckpointError(
         f"{path}: no Llama that Puna knows; its tensors are called {listed(stored)}.",
-        remedy="Puna knows the names of the hub, of Meta (and llama2.c) and of torchtune.",
+        remedy="Save it under the names of the hub, of Meta (and llama2.c) or of torchtune: Puna knows those.",
     )
 
 
@@ -281,7 +317,8 @@ def _matched(
     if unknown := stored.keys() - wanted.keys() - copies.keys() - set(tables):
         raise CheckpointError(
             f"{path}: {len(unknown)} tensors that this model has no use for: {listed(unknown)}.",
-            remedy="It is another kind of model, or the config is another model's.",
+            remedy="The config is another model's: fetch both again. Or it is a kind of model that cannot run here; "
+            "`puna models` lists those that can.",
         )
     tensors: dict[str, LazyTensor] = {}
     for foreign, name in wanted.items():

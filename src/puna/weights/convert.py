@@ -71,7 +71,8 @@ def convert(
     `dtype` auto keeps every tensor's type; `progress(done, total)` gets bytes. Two conversions there and back give the
     same bits, q and k rows reordered each time.
     Raises UsageError when `dest` exists with something in it, CheckpointError or ConfigError for a source that is
-    damaged or that the layout cannot express, PunaError when writing fails; then nothing is left at `dest`.
+    damaged or that the layout cannot express, PunaError when writing fails; then nothing is left at `dest`,
+    nor are the folders above it that were made for it.
     """
     if to not in LAYOUTS:
         raise UsageError(f"--to {to}: no such layout.", remedy=f"One of: {', '.join(LAYOUTS)}.")
@@ -99,6 +100,7 @@ def convert(
         if progress is not None:
             progress(done, total)
 
+    absent = [parent for parent in dest.parents if not parent.exists()]  # deepest first
     unfinished = dest.parent / f".{dest.name}.unfinished-{secrets.token_hex(4)}"
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
@@ -133,8 +135,20 @@ def convert(
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        _remove_empty(absent)
     every = (*files, *(name for _, name in companions), CONFIG_NAME if to == "safetensors" else PARAMS_NAME)
     return Conversion(dest, to, every, total, tuple(notes))
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove those of nested folders, deepest first, that are empty: what a conversion made and then had no use for."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            continue  # the conversion failed before it was made
+        except OSError:
+            return  # the finished conversion, or what another program put there meanwhile, lies in it
 
 
 def _outgoing(checkpoint: Checkpoint, tensor: LazyTensor, to: str, dtype: str) -> LazyTensor:
@@ -170,7 +184,9 @@ def _config(checkpoint: Checkpoint, outgoing: list[LazyTensor], to: str, tokeniz
 def _companions(checkpoint: Checkpoint, to: str, tokenizer: Path | None, notes: list[str]) -> list[tuple[Path, str]]:
     """Files to copy as they are, and their names: tokenizer, stop tokens, licences. What others cannot use is noted."""
     if tokenizer is not None and not tokenizer.is_file():
-        raise TokenizerError(f"{tokenizer}: no such file.")
+        raise TokenizerError(
+            f"{tokenizer}: no such file.", remedy="Name the tokenizer's file, or leave --tokenizer out."
+        )
     file = tokenizer or checkpoint.tokenizer
     found: dict[str, Path] = {}
     if file is None:

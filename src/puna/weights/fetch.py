@@ -19,7 +19,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from puna.errors import HubError
+from puna.errors import HubError, UnreachableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -134,7 +134,8 @@ def fetch(
         timeout: seconds without a byte after which a connection counts as broken.
 
     Raises:
-        HubError: the server sends more than `size` bytes, or keeps ending early.
+        UnreachableError: the server sends more than `size` bytes, or keeps ending early.
+        HubError: its answer is one that `refuse` lets pass.
         httpx2.TransportError: the connection failed RETRIES times in a row with no new byte.
         OSError: the file cannot be written.
     """
@@ -178,7 +179,7 @@ def fetch(
                             if stop.is_set():
                                 raise Stopped
                             if size is not None and have + len(chunk) > size:
-                                raise HubError(
+                                raise UnreachableError(
                                     f"{_shown(url)} sends more than the {size} bytes the file should have.",
                                     remedy="Pull again; if it happens again, the server is at fault.",
                                 )
@@ -199,7 +200,7 @@ def fetch(
             if failures > RETRIES:
                 if isinstance(problem, httpx2.TransportError):
                     raise problem
-                raise HubError(
+                raise UnreachableError(
                     f"{_shown(url)} could not be fetched whole: {problem} ({have} of {size} bytes are here).",
                     remedy="Pull again: it continues where it stopped.",
                 )

@@ -56,6 +56,14 @@ class LazyTensor:
         return math.prod(self.shape) * ITEM_SIZE[self.dtype]
 
 
+def unreadable(path: object, error: OSError) -> CheckpointError:
+    """The error for a file the system does not let us read."""
+    return CheckpointError(
+        f"{path}: cannot be read ({error.strerror or error}).",
+        remedy="Check that it is there and that you may read it; if the disk is at fault, fetch it again.",
+    )
+
+
 class MappedFile:
     """A whole file mapped for reading. Raises CheckpointError when it cannot be opened, is no file, or is empty."""
 
@@ -69,7 +77,7 @@ class MappedFile:
         except ValueError as error:
             raise CheckpointError(f"{path}: the file is empty.", remedy="Fetch it again.") from error
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
+            raise unreadable(path, error) from error
         self.size = len(self.bytes)
 
     def weight(self, dtype: str, shape: tuple[int, ...], offset: int) -> Weight:
@@ -137,7 +145,9 @@ def parse_json(text: bytes, source: str) -> Mapping[str, Any]:
     """
 
     def damaged(what: str) -> CheckpointError:
-        return CheckpointError(f"{source}: {what}.", remedy="The file is damaged or is not what its name says.")
+        return CheckpointError(
+            f"{source}: {what}.", remedy="The file is damaged or is not what its name says: fetch it again."
+        )
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -168,7 +178,7 @@ def read_json(path: Path) -> Mapping[str, Any]:
             size = os.fstat(file.fileno()).st_size
             text = file.read(min(size, LARGEST_JSON) + 1)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        raise unreadable(path, error) from error
     return parse_json(text, str(path))
 
 

@@ -92,9 +92,11 @@ def pull(
         progress: hears of every chunk, from several threads but never from two at once.
 
     Raises:
-        HubError: no such model or revision, a gated or refused one, no connection, no room, a checksum that is wrong
-            (the file is named, and removed so that the next pull fetches it again). A pull that was cut short, also by
-            Ctrl-C, continues when it is asked for again.
+        HubError: no such model or revision, a gated or refused one, a checksum that is wrong (the file is named, and
+            removed so that the next pull fetches it again). A pull that was cut short, also by Ctrl-C, continues when
+            it is asked for again.
+        UnreachableError: no connection, or a hub in trouble.
+        StorageError: no room, or a cache that cannot be written.
     """
     hub_id = hub_id_of(name)
     asked = revision or "main"
@@ -182,19 +184,8 @@ def remove(name: str) -> int:
     Raises:
         HubError: it is the embedded model, it was not pulled by Puna, or its files cannot be removed.
     """
-    if name == EMBEDDED:
-        raise HubError(
-            f"{EMBEDDED} is part of the package and cannot be removed.", remedy="Uninstall Puna to remove it."
-        )
-    hub_id = hub_id_of(name)
-    found = _records_of(name, hub_id)
-    if not found:
-        raise HubError(
-            f"{hub_id} was not pulled by Puna.",
-            remedy="`puna list` shows what was. What other programs left in the hub's cache, `hf cache rm` removes.",
-        )
     freed = 0
-    for record in found:
+    for record in removable(name):
         try:
             freed += _remove_from_cache(record) if record.source == "hub" else _remove_folder(record)
         except OSError as error:
@@ -204,6 +195,30 @@ def remove(name: str) -> int:
             ) from error
         books.delete_record(record.name)
     return freed
+
+
+def removable(name: str) -> list[books.Record]:
+    """The records of the pulled model that `remove` would remove: one, or two where it came from Meta too.
+
+    Raises:
+        HubError: it is the embedded model, or it was not pulled by Puna.
+    """
+    if name == EMBEDDED:
+        raise HubError(
+            f"{EMBEDDED} is part of the package and cannot be removed.", remedy="Uninstall Puna to remove it."
+        )
+    try:
+        hub_id = hub_id_of(name)
+    except HubError as error:
+        # That the name is none of the catalog's is beside the point here.
+        raise HubError(f"{name!r} was not pulled.", remedy="`puna list` shows what was.") from error
+    found = _records_of(name, hub_id)
+    if not found:
+        raise HubError(
+            f"{hub_id} was not pulled by Puna.",
+            remedy="`puna list` shows what was. What other programs left in the hub's cache, `hf cache rm` removes.",
+        )
+    return found
 
 
 def _loadable(folder: Path, files: tuple[books.PulledFile, ...]) -> Path:

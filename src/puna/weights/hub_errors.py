@@ -1,7 +1,7 @@
 """What can go wrong on the way to a model of the hub, each with its next step.
 
 What it is: one context, `explained`, that turns what huggingface_hub, the connection and the disk raise into a
-`HubError`.
+`HubError`; an `UnreachableError` or a `StorageError` where whoever asked could not have known better.
 What it is not: what Puna itself finds wrong (a checksum, a listing); whoever finds that words it.
 What is surprising: most of huggingface_hub's errors are an OSError too, so the order of the questions matters.
 """
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from puna.catalog import models as catalog
-from puna.errors import HubError
+from puna.errors import HubError, StorageError, UnreachableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,33 +86,33 @@ def _explain(error: BaseException, hub_id: str, revision: str, endpoint: str) ->
                 remedy=f"See {page}; a fine-grained token needs the right to read this repository.",
             )
         if status == 429:
-            return HubError(
+            return UnreachableError(
                 f"{endpoint} asks to wait: too many requests.",
                 remedy=f"Pull again in some minutes{'' if get_token() else f', or {log_in}'}.",
             )
         if status >= 500:
-            return HubError(
+            return UnreachableError(
                 f"{endpoint} has trouble of its own (it answers {status}).",
                 remedy="Pull again later: it continues where it stopped.",
             )
         return HubError(f"{endpoint} refuses {hub_id} (it answers {status}).", remedy=f"See {page}.")
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return HubError(
+        return UnreachableError(
             f"{hub_id} cannot be pulled: HF_HUB_OFFLINE is set.",
             remedy="Unset it to pull. A model that is already on this machine runs without it.",
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return HubError(
+        return StorageError(
             f"The disk is full ({error.filename or 'in the hub cache'}).",
             remedy="Make room, or set HF_HUB_CACHE to a folder on a larger disk, and pull again: "
             "it continues where it stopped.",
         )
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return HubError(
+        return StorageError(
             f"{error.filename or 'The hub cache'} cannot be written: {error.strerror}.",
             remedy="See that the folder is yours, or set HF_HUB_CACHE to one that is.",
         )
-    return HubError(
+    return UnreachableError(
         f"{hub_id} could not be fetched from {endpoint}: {error or type(error).__name__}.",
         remedy="See that the machine is online (and what HF_ENDPOINT and the proxy variables are set to), and pull "
         "again: it continues where it stopped.",

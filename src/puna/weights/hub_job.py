@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from puna import __version__
-from puna.errors import HubError
+from puna.errors import HubError, StorageError
 from puna.weights import installed as books
 from puna.weights.fetch import Meter, Progress, Stopped, fetch, free_space, hash_file
 from puna.weights.hub_listing import RemoteFile
@@ -64,7 +64,7 @@ class Job:
         """Refuse to begin what cannot end: compare what is still to come with the free space.
 
         Raises:
-            HubError: the disk is too full.
+            StorageError: the disk is too full.
         """
         missing = 0
         for file in self.files:
@@ -73,7 +73,7 @@ class Job:
                 missing += file.size - min(file.size, part.stat().st_size if part.exists() else 0)
         free = free_space(self.cache)
         if missing > free:
-            raise HubError(
+            raise StorageError(
                 f"{self.hub_id} needs {missing / 1e9:.1f} GB more in {self.cache}, where {free / 1e9:.1f} GB are free.",
                 remedy="Make room (`puna list` shows what was pulled, `puna rm NAME` removes it), "
                 "or set HF_HUB_CACHE to a folder on a larger disk.",

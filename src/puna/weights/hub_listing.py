@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from puna import __version__
-from puna.errors import HubError
+from puna.errors import HubError, UnreachableError
 from puna.weights.fetch import git_blob_sha1
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ def list_files(hub_id: str, revision: str, endpoint: str, original: bool) -> tup
     """The commit a revision is at, and those of its files that Puna fetches.
 
     Raises:
-        HubError: the answer is not a hub's, or the repository has no weights that Puna reads.
+        UnreachableError: the answer is not a hub's.
+        HubError: the repository has no weights that Puna reads.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -89,7 +90,7 @@ def list_files(hub_id: str, revision: str, endpoint: str, original: bool) -> tup
     except (HfHubHTTPError, HFValidationError):
         raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise HubError(
+        raise UnreachableError(
             f"{endpoint} does not answer as a hub does: {error}.",
             remedy="See what HF_ENDPOINT is set to; a proxy's log-in page answers like this too.",
         ) from error

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from puna.catalog import models as catalog
-from puna.errors import HubError
+from puna.errors import HubError, StorageError
 from puna.settings import puna_home
 from puna.weights.embedded import EMBEDDED, embedded_folder
 
@@ -101,7 +101,7 @@ def write_record(record: Record) -> None:
     """Write a record, whole or not at all.
 
     Raises:
-        HubError: it cannot be written.
+        StorageError: it cannot be written.
     """
     path = _path(record.name)
     text = json.dumps({"format": _FORMAT, **asdict(record)}, indent=1) + "\n"
@@ -116,7 +116,7 @@ def write_record(record: Record) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise HubError(
+        raise StorageError(
             f"The record {path} cannot be written: {error.strerror or error}.",
             remedy="Make room there, or set PUNA_HOME to a folder that can be written.",
         ) from error

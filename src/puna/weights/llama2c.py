@@ -34,8 +34,10 @@ _ORDER = (
 )  # fmt: skip
 
 
-def plausible(file: MappedFile) -> bool:
-    """Whether the first seven numbers could be a version 0 header: it has no magic number to go by."""
+def recognised(file: MappedFile) -> bool:
+    """Whether it is llama2.c's: a later version's magic number, or seven numbers that could be a version 0 header."""
+    if file.bytes[:4] == MAGIC:
+        return True
     if file.size < _HEADER.size:
         return False
     dim, hidden, layers, heads, kv_heads, vocab, context = _HEADER.unpack_from(file.bytes)

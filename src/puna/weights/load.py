@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from puna.errors import CheckpointError, TokenizerError, UsageError
 from puna.kernels.layouts import Weight, convert
-from puna.models import decoder
+from puna.models import decoder, llama2
 from puna.models.config import DecoderConfig
 from puna.models.tree import DecoderWeights
 from puna.weights.checkpoint import Checkpoint, open_checkpoint
@@ -84,7 +84,7 @@ def chat_format_of(checkpoint: Checkpoint, tokenizer: Tokenizer) -> ChatFormat |
     if tokenizer.chat_template is None and not instruct:
         return None
     # Code Llama's 70B was trained on another format than the smaller ones, and only its size tells.
-    is_code_70b = config.generation == "codellama" and config.layers == 80
+    is_code_70b = config.generation == "codellama" and config.layers == llama2.CODE_70B_LAYERS
     return chat_format(tokenizer, "codellama70b" if is_code_70b else config.generation, instruct=instruct)
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, urlsplit
 
 from puna.catalog import models as catalog
-from puna.errors import HubError
+from puna.errors import HubError, StorageError, UnreachableError
 from puna.settings import puna_home
 from puna.weights import installed as books
 from puna.weights.fetch import Meter, Progress, fetch, free_space, hash_file
@@ -81,8 +81,10 @@ def pull_meta(
         progress: hears of every chunk. `bytes_total` is an estimate here.
 
     Raises:
-        HubError: the link is not one, has expired or is for another model; no room, no connection; a wrong checksum
-            (the file is named, and removed so that the next pull fetches it again).
+        HubError: the link is not one, has expired or is for another model; a wrong checksum (the file is named, and
+            removed so that the next pull fetches it again).
+        UnreachableError: no connection, or a server in trouble.
+        StorageError: no room, or a folder that cannot be written.
     """
     import httpx2
 
@@ -136,13 +138,13 @@ def pull_meta(
             f"a new one at {_REQUEST_PAGE}; the next pull continues where this one stopped.",
         ) from error
     except httpx2.HTTPError as error:
-        raise HubError(
+        raise UnreachableError(
             f"{entry.short_name} could not be fetched from {urlsplit(template).hostname}: "
             f"{error or type(error).__name__}.",
             remedy="See that the machine is online, and pull again: it continues where it stopped.",
         ) from error
     except OSError as error:
-        raise HubError(
+        raise StorageError(
             f"{error.filename or folder} cannot be written: {error.strerror or error}.",
             remedy="Make room, or name another folder, and pull again: it continues where it stopped.",
         ) from error
@@ -294,12 +296,12 @@ def _expiry(query: str) -> datetime | None:
 
 
 def _make_room(folder: Path, expected: int, name: str) -> None:
-    """Raises HubError if the model will not fit beside what is already there."""
+    """Raises StorageError if the model will not fit beside what is already there."""
     here = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     free = free_space(folder)
     more = expected - here
     if more > free:
-        raise HubError(
+        raise StorageError(
             f"{name} needs about {more / 1e9:.1f} GB more in {folder}, where {free / 1e9:.1f} GB are free.",
             remedy="Make room, or name a folder on a larger disk.",
         )
@@ -309,7 +311,8 @@ def _refused(response: httpx2.Response) -> None:
     """Raise what a refusal by Meta's server means."""
     if response.status_code in (403, 404):
         raise _NotThere(response.status_code)
-    raise HubError(
+    in_trouble = response.status_code == 429 or response.status_code >= 500
+    raise (UnreachableError if in_trouble else HubError)(
         f"Meta's server answers {response.status_code}.",
         remedy="Try again later: the next pull continues where this one stopped.",
     )

@@ -103,6 +103,20 @@ def test_python_form_of_code_llama_has_no_infilling_tokens() -> None:
     assert (lookup("codellama:7b").vocab_size, lookup("codellama:7b-python").vocab_size) == (32016, 32000)
 
 
+@pytest.mark.parametrize(
+    ("name", "rope_theta", "context_length"),
+    [
+        ("codellama:70b", 1e4, 4096),
+        ("codellama:70b-python", 1e4, 4096),
+        ("codellama:70b-base", 1e6, 16384),
+        ("codellama:34b", 1e6, 16384),
+    ],
+)
+def test_only_the_base_of_code_llama_70b_has_a_long_context(name: str, rope_theta: float, context_length: int) -> None:
+    entry = lookup(name)
+    assert (entry.rope_theta, entry.context_length) == (rope_theta, context_length)
+
+
 def test_facts_agree_with_the_collected_sources(reference: Path) -> None:
     sources = json.loads((reference / "llama_models.json").read_text())["models"]
     known = {entry.name: entry for entry in entries() if not entry.short_name.endswith("-python")}

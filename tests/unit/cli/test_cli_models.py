@@ -15,7 +15,7 @@ import pytest
 from puna.catalog import models as catalog
 from puna.cli import show
 from puna.engine.runner import HostRunner
-from puna.errors import HubError
+from puna.errors import HubError, StorageError, UnreachableError
 from puna.models import decoder
 from puna.models.config import DecoderConfig
 from puna.models.rope import Rope
@@ -143,7 +143,7 @@ def test_pull_hands_on_what_was_asked(puna: Puna, monkeypatch: pytest.MonkeyPatc
     assert (said.code, said.out) == (0, "")
     assert "org/m is here: 3.0 MB, 3.0 kB fetched" in said.err
     assert calls == [("llama3.2:1b", {"revision": "v1", "original": True, "progress": None})]
-    assert puna("pull", "x", "--json").json() == {
+    assert puna("pull", "org/m", "--json").json() == {
         "name": "org/m",
         "folder": "f",
         "revision": "main",
@@ -215,8 +215,36 @@ def test_a_signed_link_may_come_from_stdin(puna: Puna, monkeypatch: pytest.Monke
     assert links == ["https://example.org/*?Policy=x"]
 
 
-def test_rm_asks_first(puna: Puna, monkeypatch: pytest.MonkeyPatch, terminal: Puna) -> None:
+@pytest.mark.parametrize("words", [("cria",), ("cria", "--meta-url", "https://x/*"), ("cria", "--json")])
+def test_what_is_inside_the_package_is_not_pulled(puna: Puna, words: tuple[str, ...]) -> None:
+    said = puna("pull", *words)
+    assert said.code == 2
+    assert said.err == "puna: cria is inside the package: there is nothing to pull.\nRun it: puna run cria\n"
+
+
+@pytest.mark.parametrize("words", [("lama3.2:1b",), ("a/b/c",), ("org/m", "--meta-url", "https://x/*")])
+def test_nothing_is_fetched_by_a_name_that_is_none(puna: Puna, words: tuple[str, ...]) -> None:
+    said = puna("pull", *words)
+    assert (said.code, said.out) == (2, "")
+    assert "Fetching" not in said.err
+    assert words[0] in said.err
+
+
+def test_a_hub_that_cannot_be_reached_is_not_the_inputs_fault(puna: Puna, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (UnreachableError, StorageError):
+
+        def fail(name: str, kind: type[HubError] = kind, **_: Any) -> Pulled:
+            raise kind("No.", remedy="Later.")
+
+        monkeypatch.setattr(hub, "pull", fail)
+        assert puna("pull", "org/m").code == 1
+
+
+def test_rm_asks_first(puna: Puna, monkeypatch: pytest.MonkeyPatch, terminal: Puna, tmp_path: Path) -> None:
     removed: list[str] = []
+    when = datetime(2026, 1, 2, tzinfo=UTC).isoformat()
+    folder = tmp_path / "models--org--m" / "snapshots" / ("c" * 40)
+    write_record(Record("org/m", "hub", str(folder), "main", "c" * 40, when, True, (), ()))
     monkeypatch.setattr(hub, "remove", lambda name: removed.append(name) or 5_000)
     said = puna("rm", "org/m")
     assert said.code == 2
@@ -225,7 +253,7 @@ def test_rm_asks_first(puna: Puna, monkeypatch: pytest.MonkeyPatch, terminal: Pu
     assert "5.0 kB are free again" in puna("rm", "org/m", "--yes").err
     assert puna("rm", "org/m", "-y", "--json").json() == {"name": "org/m", "bytes_freed": 5_000}
     assert removed == ["org/m", "org/m"]
-    for key, code, text in (("n", 1, "was not removed"), ("y", 2, "was not pulled by Puna")):
+    for key, code, text in (("n", 1, "was not removed"), ("y", 0, "org/m is removed")):
         shown = terminal("-m", "puna", "rm", "org/m")
         shown.until("Remove org/m and its files? [y/N] ")
         shown.press(f"{key}\n")
@@ -233,10 +261,20 @@ def test_rm_asks_first(puna: Puna, monkeypatch: pytest.MonkeyPatch, terminal: Pu
         assert shown.leave() == code
 
 
-def test_cria_stays(puna: Puna) -> None:
-    said = puna("rm", "cria", "--yes")
+@pytest.mark.parametrize("words", [("cria",), ("cria", "--yes")])
+def test_cria_stays(puna: Puna, words: tuple[str, ...]) -> None:
+    said = puna("rm", *words)
     assert said.code == 2
-    assert "part of the package" in said.err
+    assert said.err.startswith("puna: cria is part of the package")
+
+
+@pytest.mark.parametrize("yes", [(), ("--yes",)])
+def test_rm_looks_before_it_asks(puna: Puna, yes: tuple[str, ...]) -> None:
+    said = puna("rm", "foo", *yes)
+    assert (said.code, said.err) == (2, "puna: 'foo' was not pulled.\n`puna list` shows what was.\n")
+    said = puna("rm", "llama3.2:1b", *yes)
+    assert said.code == 2
+    assert said.err.startswith("puna: meta-llama/Llama-3.2-1B-Instruct was not pulled by Puna.\n`puna list`")
 
 
 def test_convert_and_run_again(puna: Puna, stories: tuple[str, ...], tmp_path: Path) -> None:

@@ -150,6 +150,10 @@ def test_a_prompt_from_a_pipe(puna: Puna, model: Puna, monkeypatch: pytest.Monke
     assert piped(b"- one", "-").code == 0
     assert piped(b"not read", "given").code == 0
     assert [prompt for prompt, _ in llm.asked] == ["Zwölf\n", "- one", "given"]  # only the last line end is dropped
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"alone")))
+    alone = puna("run", "-")
+    assert (alone.code, alone.out, alone.err) == (0, "Hello there", "")
+    assert llm.asked[-1][0] == "alone"
     empty = piped(b"\n", "--json")
     assert empty.code == 2
     assert "stdin is empty" in empty.json()["error"]["message"]

@@ -193,6 +193,29 @@ def test_meta_params_of_the_first_llamas_leave_the_vocabulary_to_the_embedding()
         read_meta(llama_7b | {"vocab_size": 31999}, vocab_size=32000)
 
 
+CODE_70B: dict[str, Any] = {
+    "dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096, "ffn_dim_multiplier": 1.3,
+    "norm_eps": 1e-5, "vocab_size": 32016,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "generation", "context"),
+    [
+        ({"rope_theta": 1e6}, "codellama", 16384),
+        ({"rope_theta": 1e4}, "codellama", 4096),  # Instruct and Python
+        ({}, "codellama", 4096),
+        ({"rope_theta": 1e4, "vocab_size": 32000}, "llama2", 4096),
+        ({"rope_theta": 1e4, "n_layers": 79}, "llama2", 4096),
+    ],
+)
+def test_code_llama_70b_is_known_whatever_its_rope(changes: dict[str, Any], generation: str, context: int) -> None:
+    config = read_meta(CODE_70B | changes).config
+    assert (config.generation, config.context_length) == (generation, context)
+    again = read_hub(write_hub(config, dtype="bfloat16", bos_id=1, eos_ids=(2,))).config
+    assert again == dataclasses.replace(config, interleaved_rope=False)
+
+
 def test_the_factor_of_scaled_rope_follows_from_the_width() -> None:
     llama_1b = {
         "dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "ffn_dim_multiplier": 1.5,
@@ -299,6 +322,13 @@ def test_what_metas_layout_cannot_say_is_refused(changes: dict[str, Any]) -> Non
 def test_a_vocabulary_that_nothing_tells_is_refused(rows: int | None) -> None:
     with pytest.raises(ConfigError, match="vocab_size"):
         read_meta({**META, "vocab_size": -1}, vocab_size=rows)
+
+
+@pytest.mark.parametrize("data", [[], META | {"n_kv_heads": 3}, META | {"head_dim": 5}])
+def test_errors_of_no_single_key_say_what_to_do(data: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_meta(data)
+    assert "fetch it again" in caught.value.remedy
 
 
 # --- anything at all -------------------------------------------------------------------------------------------------

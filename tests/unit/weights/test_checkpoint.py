@@ -272,3 +272,40 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="not a file of weights"):
         open_checkpoint(tmp_path / "config.json")
+
+
+def test_a_folder_without_a_model_says_what_it_has(tmp_path: Path) -> None:
+    def refused(path: Path, words: str) -> str:
+        with pytest.raises(CheckpointError, match=words) as caught:
+            open_checkpoint(path)
+        return caught.value.remedy
+
+    (tmp_path / "training_args.bin").write_bytes(b"PK\3\4" + b"\0" * 50)
+    (tmp_path / "empty.bin").write_bytes(b"")
+    assert "Puna reads Hugging Face safetensors" in refused(tmp_path, "no weights in this folder")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\3\0\0\0")
+    remedy = refused(tmp_path, r"GGUF \(model\.gguf\), which this version of Puna does not read")
+    assert remedy == refused(tmp_path / "model.gguf", "a GGUF file, which this version of Puna does not read")
+    assert remedy.startswith("Fetch the model in another format")
+    path, _ = bin_file(tmp_path / "stories.bin")
+    assert refused(tmp_path, r"no weights but llama2\.c's: stories\.bin") == f"Name the file: {path}"
+    assert open_checkpoint(path).format == "llama2c"
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_is_no_model(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "optimizer.pt").write_bytes(b"x")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(CheckpointError, match=r"a LoRA adapter .* not a model") as caught:
+            open_checkpoint(path)
+        assert "Merge it into its base model" in caught.value.remedy
+    # The whole model beside its adapter is a model.
+    model = hub_model()
+    model.save_pretrained(tmp_path)
+    assert_holds(open_checkpoint(tmp_path), model.state_dict(), "hub")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "optimizer.pt").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert_holds(open_checkpoint(tmp_path), model.state_dict(), "hub")

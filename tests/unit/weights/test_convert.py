@@ -203,8 +203,9 @@ def test_the_stop_tokens_of_a_tokenizer_go_into_the_config(reference: Path, tmp_
 
 
 def test_a_tokenizer_that_is_not_there(meta_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match="absent"):
+    with pytest.raises(TokenizerError, match="absent") as caught:
         convert(meta_folder, tmp_path / "out", tokenizer=tmp_path / "absent.model")
+    assert caught.value.remedy
     assert "there was no tokenizer to copy" in convert(meta_folder, tmp_path / "out").notes
 
 
@@ -287,6 +288,23 @@ def test_a_damaged_source_is_found_while_converting(meta_folder: Path, tmp_path:
     with pytest.raises(CheckpointError, match="its checksum differs"):
         convert(meta_folder, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["meta"]
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_folders_made_for_a_conversion_that_fails_are_removed(other: bool, meta_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+
+    def interrupt(done: int, total: int) -> None:
+        assert (tmp_path / "mine" / "a" / "b").is_dir()
+        if other:
+            (tmp_path / "mine" / "a" / "of another.txt").write_text("keep")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(meta_folder, tmp_path / "mine" / "a" / "b" / "out", progress=interrupt)
+    left = sorted(str(p.relative_to(tmp_path)) for p in (tmp_path / "mine").rglob("*"))
+    assert left == (["mine/a", "mine/a/of another.txt"] if other else [])
+    assert (tmp_path / "mine").is_dir()
 
 
 def test_existing_destinations(meta_folder: Path, tmp_path: Path) -> None:

@@ -43,14 +43,16 @@ def test_nothing_outside_the_file_can_be_viewed(shape: tuple[int, ...], offset: 
 def test_files_that_cannot_be_mapped(tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     for path, words in ((tmp_path / "empty", "is empty"), (tmp_path / "absent", "cannot be read"), (tmp_path, "read")):
-        with pytest.raises(CheckpointError, match=words):
+        with pytest.raises(CheckpointError, match=words) as caught:
             MappedFile(path)
+        assert caught.value.remedy
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe")
         with pytest.raises(CheckpointError, match="not a regular file"):
             MappedFile(tmp_path / "pipe")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="cannot be read") as caught:
         read_json(tmp_path / "absent")
+    assert "Check that it is there" in caught.value.remedy
 
 
 def test_same_bits_is_about_bits_types_and_shapes() -> None:
@@ -78,8 +80,9 @@ def test_words_of_a_file_are_safe_to_print() -> None:
 def test_json_of_strangers() -> None:
     assert parse_json(b'{"a": {"b": 1}}', "x") == {"a": {"b": 1}}
     for text in (b'{"a": 1, "a": 1}', b'{"b": {"a": 1, "a": 2}}', b"[1]", b"", b"\xff", b'{"a": Infinity}', b"{}{}"):
-        with pytest.raises(CheckpointError, match="x: "):
+        with pytest.raises(CheckpointError, match="x: ") as caught:
             parse_json(text, "x")
+        assert "fetch it again" in caught.value.remedy
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads resident memory from Linux's /proc")

@@ -20,7 +20,7 @@ import pytest
 from hub_server import COMMIT, LATER_COMMIT, FakeHub, Repository, git_sha1
 from huggingface_hub import constants, hf_hub_download
 
-from puna.errors import HubError
+from puna.errors import HubError, StorageError, UnreachableError
 from puna.weights import fetch as fetch_module
 from puna.weights import hub_job, hub_listing
 from puna.weights.fetch import Progress
@@ -306,7 +306,7 @@ def test_part_that_the_server_has_no_range_for_is_begun_again(hub: FakeHub) -> N
     part.parent.mkdir(parents=True)
     part.write_bytes(b"x" * 2_000_000)
     hub.wrong["model.safetensors"] = WEIGHTS[:1_000_000]
-    with pytest.raises(HubError, match="could not be fetched whole"):
+    with pytest.raises(UnreachableError, match="could not be fetched whole"):
         pull(NAME)
     assert [r.range for r in hub.contents("model.safetensors") if r.host == "localhost"][:2] == ["bytes=2000000-", ""]
     hub.wrong.clear()
@@ -347,7 +347,7 @@ def test_wrong_bytes_never_reach_the_cache(hub: FakeHub, path: str) -> None:
 
 def test_more_bytes_than_listed_are_not_taken(hub: FakeHub) -> None:
     hub.wrong["model.safetensors"] = WEIGHTS + b"x" * 5_000_000
-    with pytest.raises(HubError, match="more than the 3072000 bytes"):
+    with pytest.raises(UnreachableError, match="more than the 3072000 bytes"):
         pull(NAME)
     assert blob_part(hub, "model.safetensors", WEIGHTS).stat().st_size <= len(WEIGHTS)
 
@@ -428,13 +428,14 @@ def test_no_such_revision(hub: FakeHub) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "message"),
-    [(500, "trouble of its own"), (429, "asks to wait"), (403, "forbids access"), (418, "answers 418")],
+    ("status", "message", "code"),
+    [(500, "trouble of its own", 1), (429, "asks to wait", 1), (403, "forbids access", 2), (418, "answers 418", 2)],
 )
-def test_listing_refused(hub: FakeHub, status: int, message: str) -> None:
+def test_listing_refused(hub: FakeHub, status: int, message: str, code: int) -> None:
     hub.statuses["api"] = [status]
-    with pytest.raises(HubError, match=message):
+    with pytest.raises(HubError, match=message) as caught:
         pull(NAME)
+    assert caught.value.exit_code == code
 
 
 @pytest.mark.parametrize(
@@ -460,7 +461,7 @@ def test_passing_trouble_is_waited_out(hub: FakeHub) -> None:
 
 
 def test_no_connection(hub: FakeHub) -> None:
-    with pytest.raises(HubError, match=r"could not be fetched from http://127\.0\.0\.1:9") as caught:
+    with pytest.raises(UnreachableError, match=r"could not be fetched from http://127\.0\.0\.1:9") as caught:
         pull(NAME, endpoint="http://127.0.0.1:9")
     assert "online" in caught.value.remedy
 
@@ -468,7 +469,7 @@ def test_no_connection(hub: FakeHub) -> None:
 def test_offline(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = pull(NAME).folder
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(UnreachableError, match="HF_HUB_OFFLINE is set"):
         pull(NAME)
     assert resolve(NAME) == folder
 
@@ -484,7 +485,7 @@ def test_offline(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_answer_that_is_not_a_hubs(hub: FakeHub, info: object) -> None:
     hub.info = info
-    with pytest.raises(HubError, match="does not answer as a hub does"):
+    with pytest.raises(UnreachableError, match="does not answer as a hub does"):
         pull(NAME)
 
 
@@ -528,7 +529,7 @@ def test_listed_path_outside_the_folder_is_not_fetched(hub: FakeHub) -> None:
 def test_disk_too_small(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 1_000_000))
-    with pytest.raises(HubError, match=r"needs 0\.0 GB more .* where 0\.0 GB are free"):
+    with pytest.raises(StorageError, match=r"needs 0\.0 GB more .* where 0\.0 GB are free"):
         pull(NAME)
     assert not hub.contents("config.json")
 
@@ -538,7 +539,7 @@ def test_disk_full_on_the_way(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(hub_job, "fetch", full)
-    with pytest.raises(HubError, match="The disk is full") as caught:
+    with pytest.raises(StorageError, match="The disk is full") as caught:
         pull(NAME)
     assert "HF_HUB_CACHE" in caught.value.remedy
 
@@ -667,6 +668,12 @@ def test_remove_takes_the_part_where_there_is_no_snapshot_yet(hub: FakeHub) -> N
 def test_embedded_model_is_not_removed(hub: FakeHub) -> None:
     with pytest.raises(HubError, match="part of the package"):
         remove("cria")
+
+
+def test_what_never_was_a_model_is_not_removed(hub: FakeHub) -> None:
+    with pytest.raises(HubError, match="'foo' was not pulled") as caught:
+        remove("foo")
+    assert "puna list" in caught.value.remedy
 
 
 def test_embedded_model(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 from hub_server import FakeHub
 
 from puna.catalog import models as catalog
-from puna.errors import HubError
+from puna.errors import HubError, StorageError, UnreachableError
 from puna.weights import fetch as fetch_module
 from puna.weights.fetch import Progress
 from puna.weights.hub import remove, resolve
@@ -162,7 +162,7 @@ def test_policy_that_cannot_be_read_is_left_to_the_server(server: FakeHub) -> No
 
 def test_server_in_trouble(server: FakeHub) -> None:
     server.statuses["Llama-3.1-8B-Instruct/params.json"] = [500] * 20
-    with pytest.raises(HubError, match="Meta's server answers 500"):
+    with pytest.raises(UnreachableError, match="Meta's server answers 500"):
         pull_meta(link(server), "llama3.1:8b")
 
 
@@ -202,10 +202,10 @@ def test_model_that_metas_links_are_not_known_for(server: FakeHub) -> None:
 
 def test_disk_too_small(server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalog, "lookup", lambda name: replace(catalog.find(name), params=10**15))
-    with pytest.raises(HubError, match=r"llama3\.1:8b needs about 2000000\.0 GB more"):
+    with pytest.raises(StorageError, match=r"llama3\.1:8b needs about 2000000\.0 GB more"):
         pull_meta(link(server), "llama3.1:8b")
 
 
 def test_unreachable_server(server: FakeHub) -> None:
-    with pytest.raises(HubError, match=r"could not be fetched from 127\.0\.0\.1"):
+    with pytest.raises(UnreachableError, match=r"could not be fetched from 127\.0\.0\.1"):
         pull_meta("http://127.0.0.1:9/*", "llama3.1:8b")

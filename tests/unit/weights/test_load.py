@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,6 +116,30 @@ def test_metas_folder_name_says_whether_it_chats(name: str, chats: bool, referen
     model = load(folder)
     assert (model.chat_format is not None) == chats
     assert model.config.generation == "llama3"
+
+
+@pytest.mark.parametrize(
+    ("rope_theta", "vocab_size", "n_layers", "name"),
+    [
+        (1e4, 32016, 80, "codellama70b"),
+        (1e6, 32016, 80, "codellama70b"),
+        (1e6, 32016, 2, "codellama"),
+        (1e4, 32000, 80, "llama2"),
+    ],
+)
+def test_code_llama_70b_has_a_chat_format_of_its_own(
+    rope_theta: float, vocab_size: int, n_layers: int, name: str, reference: Path, tmp_path: Path
+) -> None:
+    """Its Instruct has Llama 2's rope: the size must tell it from Llama 2."""
+    sizes: dict[str, Any] = {
+        "rope_theta": rope_theta, "vocab_size": vocab_size, "n_layers": n_layers, "dim": 8, "n_heads": 4,
+        "n_kv_heads": 2,
+    }  # fmt: skip
+    folder = save_meta(tmp_path / "Tiny-Instruct", random_state(meta_config(**sizes)), **sizes)
+    shutil.copy(reference / "tokenizers" / "llama2" / "tokenizer.model", folder)
+    chat = load(folder).chat_format
+    assert chat is not None
+    assert chat.name == f"built-in chat format of {name}"
 
 
 MEASURE = """
