@@ -6,6 +6,11 @@ to it beside bfloat16 weights; so one tight tolerance serves every instruction s
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import puna
 from puna.errors import DeviceError
 from puna.kernels import reference as ref
 from puna.kernels.layouts import BF16, Weight, convert, to_bf16, to_float32
@@ -376,3 +382,32 @@ def test_use_names_what_serves_and_why(isa: str) -> None:
     assert cpu.use()[0] == cpu.isas()[0]
     with pytest.raises(DeviceError, match=r"--kernels vax: this build of Puna does not have it\."):
         cpu.use("vax")
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from puna.kernels import cpu, ops
+if sys.argv[1] == "keep":
+    ops.select("auto")
+x, w = np.ones((512, 16), np.float32), np.ones((8192, 16), np.float32)
+def faults():
+    held = [cpu.linear(x, w) for _ in range(6)]  # 16 MiB each, freed together at the end, as a layer's are
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+faults()
+before = faults()
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_activations_reuse_memory_that_was_freed() -> None:
+    """Settling the ops has the C library keep freed blocks: a second prefill touches no fresh page."""
+    environment = os.environ | {"PYTHONPATH": str(Path(puna.__file__).resolve().parents[1])}
+
+    def faults(how: str) -> int:
+        command = [sys.executable, "-c", FAULTS, how]
+        return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("keep") < 20
+    assert faults("as the C library would") > 20
