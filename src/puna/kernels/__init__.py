@@ -1,1 +1,1 @@
-"""kernels multiply the numbers: nine operations, each with a NumPy reference and one or more fast forms."""
+"""kernels multiply the numbers: ten operations, each with a NumPy reference and one or more fast forms."""

@@ -1,6 +1,6 @@
 """The ops a model is written in, and which implementation serves each one, and why.
 
-What it is: nine signatures. An op goes by where its arrays live: NumPy arrays to our C++ (or to the NumPy reference
+What it is: the signatures. An op goes by where its arrays live: NumPy arrays to our C++ (or to the NumPy reference
 where the extension is absent or was not asked for), torch tensors to torch.
 What it is not: arithmetic. Each op is defined in `reference.py`; read that for shapes and formulas.
 What is surprising: the table holds for the whole process. It is settled on first use or by `select()`, and stays until
@@ -11,6 +11,7 @@ another `select()`; nothing is probed between two tokens. `table()` gives what w
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +19,16 @@ import numpy as np
 
 from puna.errors import DeviceError, UsageError
 from puna.kernels import reference
+from puna.kernels.layouts import Packed, Weight
+from puna.settings import cpu_wanted
 from puna.types import KERNELS
 
 Array = Any
 """A numpy.ndarray or a torch.Tensor; every op takes and gives one kind."""
 
 NAMES = (
-    "embedding", "rms_norm", "linear", "rope_table", "rope", "write_kv", "attention", "swiglu", "argmax",
+    "embedding", "rms_norm", "linear", "rope_table", "rope", "write_kv", "attention", "swiglu", "argmax", "top_k",
+    "encode",
 )  # fmt: skip
 
 
@@ -49,9 +53,12 @@ class _Host:
     attention: Any
     swiglu: Any
     argmax: Any
+    top_k: Any
+    encode: Any
 
-    def __init__(self, kernels: str) -> None:
+    def __init__(self, kernels: str, asked: str) -> None:
         self.kernels = kernels
+        self.asked = asked
         self.choices: list[Choice] = []
         self.threads: int | None = None
         native, why_not = None, ""
@@ -61,14 +68,16 @@ class _Host:
 
                 native = native_module
             except ImportError as error:
-                why_not = f"the C++ extension is not built here ({error})"
+                why_not = f"slower: the C++ extension is not built here ({error})"
                 if kernels != "auto":
                     raise DeviceError(
-                        f"--kernels {kernels} needs the C++ extension, which is not built here ({error}).",
+                        f"{asked} needs the C++ extension, which is not built here ({error}).",
                         remedy="Install Puna with `pip install .` and a C++ compiler, or use --kernels reference.",
                     ) from error
         if native is not None:
-            isa, reason = native.use(None if kernels == "auto" else kernels)
+            isa, reason = native.use(None if kernels == "auto" else kernels, asked)
+            if kernels != "auto":
+                reason = f"asked for by {asked}; {reason}"
             self.threads = native.threads()
             native.keep_freed_memory()
         for op in NAMES:
@@ -78,9 +87,15 @@ class _Host:
             elif native is not None:
                 choice = Choice(op, "NumPy reference", "cheap: NumPy is as fast as C++ here")
             else:
-                choice = Choice(op, "NumPy reference", why_not or "asked for by --kernels reference")
+                choice = Choice(op, "NumPy reference", why_not or f"asked for by {asked}")
             setattr(self, op, fast or getattr(reference, op))
             self.choices.append(choice)
+        self.prepare = native.prepare if native is not None else _as_it_is
+        self.prepare_mapped = native.prepare_mapped if native is not None else list
+
+
+def _as_it_is(weight: Weight, keep: bool = False) -> Weight:
+    return weight
 
 
 _host: _Host | None = None
@@ -89,13 +104,17 @@ _host: _Host | None = None
 def select(kernels: str = "auto") -> None:
     """Settle which implementation serves NumPy arrays; call it once, at start. `kernels` is one of KERNELS.
 
-    Raises UsageError for another name and DeviceError when that implementation cannot run on this machine.
+    `auto` is what the environment variable PUNA_CPU names, else the fastest. Raises UsageError for another name and
+    DeviceError when that implementation cannot run on this machine.
     """
     global _host
+    asked = f"--kernels {kernels}"
+    if kernels == "auto" and (kernels := cpu_wanted()) != "auto":
+        asked = f"PUNA_CPU={kernels}"
     if kernels not in KERNELS:
-        raise UsageError(f"--kernels {kernels}: no such kernels.", remedy=f"One of: {', '.join(KERNELS)}.")
-    if _host is None or _host.kernels != kernels:
-        _host = _Host(kernels)
+        raise UsageError(f"{asked}: no such kernels.", remedy=f"One of: {', '.join(KERNELS)}.")
+    if _host is None or (_host.kernels, _host.asked) != (kernels, asked):
+        _host = _Host(kernels, asked)
 
 
 def table() -> list[Choice]:
@@ -119,9 +138,9 @@ def machine() -> str:
 
 
 def _settled() -> _Host:
-    global _host
     if _host is None:
-        _host = _Host("auto")
+        select()
+    assert _host is not None
     return _host
 
 
@@ -131,6 +150,27 @@ def _serving(x: Array) -> Any:
     from puna.kernels import torch_ops  # found in sys.modules after the first time
 
     return torch_ops
+
+
+def prepare(weight: Weight, keep: bool = False) -> Weight:
+    """A matrix on the host as the settled table holds it best; what needs no change is returned itself.
+
+    C++ regroups packed types (`Packed` to `Panels`) in new memory, so the caller can let go of the original. `keep`
+    leaves them where they are, for a file that fits memory once only; products are then slower. A type for which there
+    is no kernel becomes panels even so. The reference leaves everything as it is.
+    """
+    prepared: Weight = _settled().prepare(weight, keep)
+    return prepared
+
+
+def prepare_mapped(weights: Sequence[Packed]) -> list[Weight]:
+    """`prepare` for many matrices that are views of mapped files, and for nothing else.
+
+    C++ gives the files' pages back as it reads them, so memory never holds a matrix twice, and other threads of Python
+    run all the while.
+    """
+    prepared: list[Weight] = _settled().prepare_mapped(weights)
+    return prepared
 
 
 def embedding(table: Any, ids: Array) -> Array:
@@ -164,9 +204,12 @@ def write_kv(cache_k: Array, cache_v: Array, k: Array, v: Array, positions: Arra
     _serving(k).write_kv(cache_k, cache_v, k, v, positions)
 
 
-def attention(q: Array, k: Array, v: Array, positions: Array | None) -> Array:
-    """Causal grouped attention: q [B, T, H, D], k and v [B, S, G, D] → [B, T, H, D]."""
-    return _serving(q).attention(q, k, v, positions)
+def attention(q: Array, k: Array, v: Array, positions: Array | None, bf16: bool = False) -> Array:
+    """Causal grouped attention: q [B, T, H, D], k and v [B, S, G, D] → [B, T, H, D].
+
+    `bf16` allows a table to round what it multiplies to bfloat16.
+    """
+    return _serving(q).attention(q, k, v, positions, bf16)
 
 
 def swiglu(gate: Array, up: Array) -> Array:
@@ -177,3 +220,14 @@ def swiglu(gate: Array, up: Array) -> Array:
 def argmax(logits: Array) -> Array:
     """The id of the largest logit: [*, V] → int32 [*]."""
     return _serving(logits).argmax(logits)
+
+
+def top_k(logits: Array, k: int) -> tuple[Array, Array]:
+    """The ids and values of the k largest logits, equals by their lower id: [*, V] → two of [*, k]."""
+    largest: tuple[Array, Array] = _serving(logits).top_k(logits, k)
+    return largest
+
+
+def encode(kind: str, values: Array) -> Array:
+    """float32 values [*, n · block] as blocks of a GGML type: uint8 [*, n · size]; errors as `encode.quantize`."""
+    return _serving(values).encode(kind, values)

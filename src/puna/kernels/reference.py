@@ -2,7 +2,8 @@
 
 What it is: the shortest correct statement of each operation, in float32, or in float64 where the input is float64
 (that is how the tests measure the error of every other form, this one included).
-What it is not: fast. It also runs whole models (`--kernels reference`), which is how the C++ is checked end to end.
+What it is not: fast; packed weights are dequantized on each call, some rows at a time. It also runs whole models
+(`--kernels reference`), which is how the C++ is checked end to end.
 What is surprising: a position of -1 marks padding. Padding writes nothing to the cache, sees nothing, and attends to
 zeros; its rows of the output are 0 and mean nothing.
 
@@ -17,7 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from puna.kernels.layouts import Weight, to_float32
+from puna.kernels.encode import quantize
+from puna.kernels.layouts import BF16, Cache, Packed, Panels, Weight, to_bf16, to_float32, words
 
 # Any, not np.floating: NumPy's stubs widen most float arithmetic to it, and every signature would need a cast.
 Floats = npt.NDArray[Any]
@@ -30,7 +32,7 @@ def _as(weight: Weight, like: Floats) -> Floats:
 
 def embedding(table: Weight, ids: Ints) -> Floats:
     """Rows of `table` [V, dim] for `ids` [*], as float32 [*, dim]."""
-    return to_float32(table[ids])
+    return to_float32(table if isinstance(table, Panels) else table[ids])  # which refuses Panels
 
 
 def rms_norm(x: Floats, weight: Weight, eps: float) -> Floats:
@@ -41,7 +43,12 @@ def rms_norm(x: Floats, weight: Weight, eps: float) -> Floats:
 
 def linear(x: Floats, weight: Weight, bias: Weight | None = None) -> Floats:
     """x · weightᵀ + bias: x [*, in], weight [out, in], bias [out] → [*, out]."""
-    y = x @ _as(weight, x).T
+    if isinstance(weight, Packed):
+        y = np.empty((*x.shape[:-1], weight.shape[0]), x.dtype)
+        for rows in weight.row_chunks():
+            y[..., rows] = x @ _as(weight[rows], x).T
+    else:
+        y = x @ _as(weight, x).T
     return y if bias is None else y + _as(bias, x)
 
 
@@ -67,35 +74,74 @@ def rope(x: Floats, cos: Floats, sin: Floats, interleaved: bool) -> Floats:
     return np.stack(turned, axis=-1).reshape(x.shape) if interleaved else np.concatenate(turned, axis=-1)
 
 
-def write_kv(cache_k: Floats, cache_v: Floats, k: Floats, v: Floats, positions: Ints) -> None:
-    """Store k, v [B, T, G, D] in the caches [B, S, G, D], in place, at `positions` [B, T]; -1 is not stored."""
+def to_cache(values: Floats, cache: Cache) -> npt.NDArray[Any]:
+    """Numbers [*, D] as the words of a KV cache of the same type as `cache`.
+
+    bfloat16 and float16 round to nearest, ties to even; float16 saturates at ±65504, where infinity would make NaN of
+    every later score. Q8_0 is ggml's: 32 numbers share d = max|x| / 127, kept in float16 (saturating too), and are
+    round(x / d) with halves away from zero; a block with infinity or NaN in it is NaN as a whole.
+    """
+    if isinstance(cache, BF16):
+        return to_bf16(values).bits
+    if not isinstance(cache, Packed):
+        most = np.finfo(cache.dtype).max
+        return np.clip(values, -most, most).astype(cache.dtype) if cache.dtype == np.float16 else values
+    blocks = values.astype(np.float32).reshape(*values.shape[:-1], -1, 32)
+    scale = np.max(np.abs(blocks), axis=-1, keepdims=True) / np.float32(127)
+    scale[~np.isfinite(scale)] = np.nan
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        scaled = np.where(scale > 0, blocks * (np.float32(1) / scale), 0)
+        whole = np.trunc(scaled) + np.trunc(2 * (scaled - np.trunc(scaled)))
+        numbers = np.clip(np.nan_to_num(whole), -127, 127).astype(np.int8)
+    heads = np.concatenate([np.minimum(scale, 65504).astype(np.float16).view(np.uint8), numbers.view(np.uint8)], -1)
+    return heads.reshape(*values.shape[:-1], -1)
+
+
+def from_cache(cache: Cache, like: Floats) -> Floats:
+    """The numbers of a KV cache, exactly, in the type of `like`."""
+    if isinstance(cache, BF16):
+        return _as(cache, like)
+    if not isinstance(cache, Packed):
+        return cache.astype(like.dtype, copy=False)
+    blocks = cache.data.reshape(*cache.shape[:-1], -1, 34)
+    scale = np.ascontiguousarray(blocks[..., :2]).view(np.float16).astype(like.dtype)
+    return (scale * blocks[..., 2:].view(np.int8)).reshape(cache.shape)
+
+
+def write_kv(cache_k: Cache, cache_v: Cache, k: Floats, v: Floats, positions: Ints) -> None:
+    """Store k, v [B, T, G, D] in the caches [B, S, G, D], in place, at `positions` [B, T]; -1 is not stored.
+
+    The caches' type says how numbers are rounded: see `to_cache`.
+    """
     row, column = np.nonzero(positions >= 0)
-    cache_k[row, positions[row, column]] = k[row, column]
-    cache_v[row, positions[row, column]] = v[row, column]
+    for cache, new in ((cache_k, k), (cache_v, v)):
+        words(cache)[row, positions[row, column]] = to_cache(new[row, column], cache)
 
 
-def attention(q: Floats, k: Floats, v: Floats, positions: Ints | None) -> Floats:
+def attention(q: Floats, k: Cache, v: Cache, positions: Ints | None, bf16: bool = False) -> Floats:
     """softmax(q·kᵀ/√D)·v, causal and grouped: q [B, T, H, D], k and v [B, S, G, D] → [B, T, H, D].
 
     A query at position p sees keys 0 to p, where key s is the one of position s; `positions` [B, T], -1 is padding.
     `positions=None` means that q, k and v are one stretch that starts at 0 (T == S): training, or scoring.
+    `bf16` allows rounding, and nothing is rounded here.
     Query head h reads key/value head h // (H / G) (Ainslie et al. 2023).
     """
     B, T, H, D = q.shape
     S, G = k.shape[1], k.shape[2]
+    keys, values = from_cache(k, q), from_cache(v, q)
     if positions is None:
         positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     grouped = q.reshape(B, T, G, H // G, D)
     # einsum may lay its result out any way; over a last axis that is not contiguous np.sum adds one by one, not in
     # pairs, and 9,000 keys then cost a relative error of 1e-4 in float32.
-    scores = np.ascontiguousarray(np.einsum("btgrd,bsgd->btgrs", grouped, k)) / q.dtype.type(D) ** 0.5
+    scores = np.ascontiguousarray(np.einsum("btgrd,bsgd->btgrs", grouped, keys)) / q.dtype.type(D) ** 0.5
     seen = np.arange(S) <= positions[..., None]  # [B, T, S]
     scores = np.where(seen[:, :, None, None, :], scores, -np.inf)
     peak = np.max(scores, axis=-1, keepdims=True)
     weights = np.exp(scores - np.where(np.isfinite(peak), peak, 0))
     total = np.sum(weights, axis=-1, keepdims=True)
     weights = weights / np.where(total == 0, 1, total)
-    out: Floats = np.einsum("btgrs,bsgd->btgrd", weights, v).reshape(B, T, H, D)
+    out: Floats = np.einsum("btgrs,bsgd->btgrd", weights, values).reshape(B, T, H, D)
     return out.astype(q.dtype, copy=False)
 
 
@@ -110,3 +156,22 @@ def argmax(logits: Floats) -> Ints:
     """The id of the largest logit (the first of equals): [*, V] → int32 [*]."""
     ids: Ints = np.argmax(logits, axis=-1).astype(np.int32)
     return ids
+
+
+def encode(kind: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """float32 values [*, n · block] as blocks of a GGML type: uint8 [*, n · size]; `encode.quantize` defines them."""
+    return quantize(kind, values)
+
+
+def top_k(logits: Floats, k: int) -> tuple[Ints, Floats]:
+    """The ids (int32) and values of the k largest logits: [*, V] → two of [*, k], 1 ≤ k ≤ V.
+
+    Largest first, equals by their lower id; NaN counts as larger than any number.
+    """
+    if not 1 <= k <= logits.shape[-1]:
+        raise ValueError(f"top_k: k = {k} is not between 1 and the vocabulary of {logits.shape[-1]}")
+    # NaN sorts last, so of -x it would come last: it is made the largest by hand.
+    ids = np.argsort(np.where(np.isnan(logits), -np.inf, -logits), axis=-1, kind="stable")
+    nan_first = np.take_along_axis(~np.isnan(logits), ids, axis=-1)
+    ids = np.take_along_axis(ids, np.argsort(nan_first, axis=-1, kind="stable"), axis=-1)[..., :k]
+    return ids.astype(np.int32), np.take_along_axis(logits, ids, axis=-1)

@@ -55,8 +55,8 @@ def write_kv(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, positions: 
     cache_v[row, where] = v[row, column].to(cache_v.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> Tensor:
-    """softmax(q·kᵀ/√D)·v, causal and grouped, by torch's scaled_dot_product_attention."""
+def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, bf16: bool = False) -> Tensor:
+    """softmax(q·kᵀ/√D)·v, causal and grouped, by torch's scaled_dot_product_attention, in q's type whatever `bf16`."""
     query, key, value = (t.transpose(1, 2) for t in (q, k.to(q.dtype), v.to(q.dtype)))
     if positions is None:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
@@ -77,3 +77,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def argmax(logits: Tensor) -> Tensor:
     """The id of the largest logit: [*, V] → int32 [*]."""
     return logits.argmax(-1).to(torch.int32)
+
+
+def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ids and values of the k largest logits, equals by their lower id: [*, V] → two of [*, k]."""
+    values, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
+    return ids[..., :k].to(torch.int32), values[..., :k]

@@ -411,3 +411,12 @@ def test_activations_reuse_memory_that_was_freed() -> None:
 
     assert faults("keep") < 20
     assert faults("as the C library would") > 20
+
+
+def test_activations_must_be_aligned_to_their_numbers() -> None:
+    """Weights may begin at any byte of a file; what the ops compute with may not."""
+    x = np.frombuffer(bytes(4 * 8 + 1), np.float32, offset=1)
+    with pytest.raises(ValueError, match="gate must be aligned"):
+        cpu.swiglu(x, np.zeros(8, np.float32))
+    table = np.frombuffer(bytes(4 * 8 + 1), np.float32, offset=1).reshape(2, 4)
+    assert not np.any(cpu.embedding(table, np.zeros(1, np.int32)))

@@ -3,25 +3,31 @@
 What it is: each function takes what its namesake in `puna.kernels.reference` takes, allocates the result and calls
 C++, which checks every type, shape, stride, id and position before it touches memory. Which instruction set serves is
 settled by `use()`; the threads of all ops are one pool.
-What it is not: a place that converts. Activations and caches are C-contiguous float32, ids and positions int32; any
-other type raises TypeError, any shape, stride, id or position that does not fit raises ValueError.
+What it is not: a place that converts. Activations are C-contiguous float32, ids and positions int32; any other type
+raises TypeError, any shape, stride, id or position that does not fit raises ValueError.
 What is surprising: with AVX-512 BF16, `linear` on bfloat16 weights rounds its input rows to bfloat16 (sums stay
-float32); every other instruction set keeps them in float32. `rope_table` is not here: NumPy's serves.
+float32), and so does `attention` of more than 8 tokens over a cache of 16 bits or less; every other instruction set
+keeps them in float32. `rope_table` is not here: NumPy's serves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from puna.errors import DeviceError
-from puna.kernels import _cpu
-from puna.kernels.layouts import BF16, Weight
+from puna.kernels import _cpu, blocks
+from puna.kernels.blocks import TYPES
+from puna.kernels.encode import KINDS, check, quantize, too_large
+from puna.kernels.layouts import BF16, Cache, Packed, Panels, Weight
+from puna.kernels.reference import rope_table
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
+U8 = npt.NDArray[np.uint8]
 
 
 def isas() -> list[str]:
@@ -29,10 +35,11 @@ def isas() -> list[str]:
     return list(dict.fromkeys(name for name, runs, _ in _cpu.tables() if runs))
 
 
-def use(isa: str | None = None) -> tuple[str, str]:
+def use(isa: str | None = None, asked: str | None = None) -> tuple[str, str]:
     """Settle the instruction set (None: the fastest) for all calls from now on; returns its name and the reason.
 
-    Raises DeviceError where the build does not have it or the machine cannot run it.
+    Raises DeviceError where the build does not have it or the machine cannot run it; `asked` is how the person asked
+    for it (default: `--kernels ISA`).
     """
     tables = _cpu.tables()
     for index, (name, runs, reason) in enumerate(tables):
@@ -41,7 +48,7 @@ def use(isa: str | None = None) -> tuple[str, str]:
             return name, reason
     built = any(name == isa for name, _, _ in tables)
     why = "this machine's processor does not have it" if built else "this build of Puna does not have it"
-    raise DeviceError(f"--kernels {isa}: {why}.", remedy=f"One of: auto, reference, {', '.join(isas())}.")
+    raise DeviceError(f"{asked or f'--kernels {isa}'}: {why}.", remedy=f"One of: auto, reference, {', '.join(isas())}.")
 
 
 def keep_freed_memory() -> bool:
@@ -64,14 +71,101 @@ def threads() -> int:
 
 
 def _words(weight: Weight) -> tuple[npt.NDArray[Any], bool]:
+    if isinstance(weight, (Packed, Panels)):
+        raise TypeError(f"a vector must be float32, float16 or BF16, not {weight.kind}")
     return (weight.bits, True) if isinstance(weight, BF16) else (weight, False)
+
+
+_TYPES: dict[str, int] = _cpu.packed_types()
+
+
+def _matrix(weight: Weight, op: str) -> tuple[npt.NDArray[Any], int, int, int]:
+    """What C++ takes for a matrix: its array, type, rows and columns."""
+    if len(weight.shape) != 2:
+        raise ValueError(f"{op}: weights of the shape {list(weight.shape)} are not a matrix")
+    if isinstance(weight, (Packed, Panels)):
+        kind = _TYPES.get(weight.kind)
+        if kind is None:
+            raise TypeError(f"no kernel reads {weight.kind} as it lies in a file; `prepare` it")
+        rows, columns = weight.shape
+        return weight.data, kind | _cpu.PANELS if isinstance(weight, Panels) else kind, rows, columns
+    words, bf16 = _words(weight)
+    rows, columns = words.shape
+    return words, 2 if bf16 else 0, rows, columns
+
+
+def prepare(weight: Weight, keep: bool = False) -> Weight:
+    """The weight as `linear` reads it fastest: packed types become `Panels` in new memory, the rest is itself.
+
+    `keep` takes no new memory where it can be helped: a packed matrix stays as it is, and `linear` regroups it in each
+    call (same bits, slower). Types without a kernel of their own become panels of int8 with a scale for each 16 columns
+    in either case, which is exact. Raises ValueError where a type without a kernel cannot be written so.
+    """
+    if not isinstance(weight, Packed) or (keep and weight.kind in _TYPES):
+        return weight
+    rows, columns = weight.shape
+    kind, data = weight.kind, weight.data
+    if kind not in _TYPES:
+        kind, data = "I8", _int8_blocks(weight)
+    return Panels(kind, (rows, columns), _cpu.regroup(data, _TYPES[kind], rows, columns))
+
+
+def prepare_mapped(weights: Sequence[Packed]) -> list[Weight]:
+    """`prepare` for packed matrices that lie in mapped files, whose pages are given back as they are read.
+
+    Never for other memory: what was given back is gone. The panels share one piece of memory. Other threads run
+    meanwhile. Raises what `prepare` does.
+    """
+    own = [weight for weight in weights if weight.kind in _TYPES]
+    regrouped = _cpu.regroup_mapped([_matrix(weight, "prepare_mapped") for weight in own])
+    panels = {id(weight): data for weight, data in zip(own, regrouped, strict=True)}
+    return [
+        Panels(weight.kind, (weight.shape[0], weight.shape[1]), panels[id(weight)])
+        if id(weight) in panels
+        else prepare(weight)
+        for weight in weights
+    ]
+
+
+def _int8_blocks(weight: Packed) -> npt.NDArray[np.uint8]:
+    """Blocks of I8 (see kernels.h): 32 columns as two float32 scales and 32 int8."""
+    integers, scales = blocks.exact_int8(weight.kind, weight.data)
+    out = np.empty((*weight.data.shape[:-1], weight.shape[-1] // 32, 40), np.uint8)
+    out[..., :8] = scales.view(np.uint8).reshape(*out.shape[:-1], 8)
+    out[..., 8:] = integers.view(np.uint8).reshape(*out.shape[:-1], 32)
+    return out
+
+
+_KINDS = {"float32": 0, "float16": 1, "uint16": 2, "uint8": _TYPES["Q8_0"]}
+"""kernels.h's WeightType, by the type of the words."""
+
+
+def _cache(cache: Cache) -> tuple[npt.NDArray[Any], int]:
+    """A KV cache's words, and which WeightType they are."""
+    if isinstance(cache, BF16):
+        return cache.bits, _KINDS["uint16"]
+    if isinstance(cache, Packed):
+        if cache.kind != "Q8_0":
+            raise TypeError(f"a KV cache is float32, float16, BF16 or Packed Q8_0, not {cache.kind}")
+        return cache.data, _KINDS["uint8"]
+    if cache.dtype.itemsize == 1 or cache.dtype.name == "uint16":  # words without their wrapper
+        raise TypeError(f"a KV cache is float32, float16, BF16 or Packed Q8_0, not {cache.dtype}")
+    return cache, _KINDS.get(cache.dtype.name, _KINDS["float32"])
+
+
+def _caches(k: Cache, v: Cache) -> tuple[npt.NDArray[Any], npt.NDArray[Any], int]:
+    keys, kind = _cache(k)
+    values, other = _cache(v)
+    if kind != other:
+        raise TypeError("keys and values must be of one type")
+    return keys, values, kind
 
 
 def embedding(table: Weight, ids: I32) -> F32:
     """Rows of `table` [V, dim] for `ids` [*] → [*, dim]. Raises ValueError for an id outside the table."""
-    words, bf16 = _words(table)
-    out = np.empty((*ids.shape, *words.shape[1:]), np.float32)
-    _cpu.embedding(words, bf16, ids, out)
+    words, kind, rows, dim = _matrix(table, "embedding")
+    out = np.empty((*ids.shape, dim), np.float32)
+    _cpu.embedding(words, kind, rows, dim, ids, out)
     return out
 
 
@@ -85,10 +179,10 @@ def rms_norm(x: F32, weight: Weight, eps: float) -> F32:
 
 def linear(x: F32, weight: Weight, bias: Weight | None = None) -> F32:
     """x [*, in] · weight [out, in]ᵀ + bias [out] → [*, out]."""
-    words, bf16 = _words(weight)
+    words, kind, rows, columns = _matrix(weight, "linear")
     addend, addend_bf16 = (None, False) if bias is None else _words(bias)
-    out = np.empty((*x.shape[:-1], words.shape[0]), np.float32)
-    _cpu.linear(x, words, bf16, addend, addend_bf16, out)
+    out = np.empty((*x.shape[:-1], rows), np.float32)
+    _cpu.linear(x, words, kind, rows, columns, addend, addend_bf16, out)
     return out
 
 
@@ -99,21 +193,27 @@ def rope(x: F32, cos: F32, sin: F32, interleaved: bool) -> F32:
     return out
 
 
-def write_kv(cache_k: F32, cache_v: F32, k: F32, v: F32, positions: I32) -> None:
+def write_kv(cache_k: Cache, cache_v: Cache, k: F32, v: F32, positions: I32) -> None:
     """Store k, v [B, T, G, D] in the caches [B, S, G, D] at `positions` [B, T], in place; -1 is not stored.
 
-    Raises ValueError for a position below -1 or beyond the cache, before anything is stored.
+    The caches' type says how numbers are rounded: see `puna.kernels.reference.to_cache`. Raises ValueError for a
+    position below -1 or beyond the cache, before anything is stored.
     """
-    _cpu.write_kv(cache_k, cache_v, k, v, positions)
+    keys, values, kind = _caches(cache_k, cache_v)
+    _cpu.write_kv(keys, values, kind, k, v, positions)
 
 
-def attention(q: F32, k: F32, v: F32, positions: I32 | None) -> F32:
+def attention(q: F32, k: Cache, v: Cache, positions: I32 | None, bf16: bool = False) -> F32:
     """Causal grouped attention: q [B, T, H, D], k and v [B, S, G, D] → [B, T, H, D].
 
-    Raises ValueError for a position below -1 or beyond the cache.
+    A token's result has the same bits alone and among up to 8 of its sequence, and again among any larger number;
+    between the two it differs by rounding. The batch never matters. With `bf16` the second of them rounds queries,
+    keys, values and the softmax's numerators to bfloat16, where the processor multiplies that faster and the cache is
+    not float32. Raises ValueError for a position below -1 or beyond the cache.
     """
+    keys, values, kind = _caches(k, v)
     out = np.empty(q.shape, np.float32)
-    _cpu.attention(q, k, v, positions, out)
+    _cpu.attention(q, keys, values, kind, positions, bf16, out)
     return out
 
 
@@ -129,6 +229,122 @@ def argmax(logits: F32) -> I32:
     out = np.empty(logits.shape[:-1], np.int32)
     _cpu.argmax(logits, out)
     return out
+
+
+def probe_read(data: F32) -> None:
+    """Read all of `data` on all threads, and nothing else: whoever times it has the bandwidth of the memory."""
+    _cpu.probe_read(data)
+
+
+def probe_products(kind: str, pieces: int) -> int:
+    """Multiply and add on all threads with the instruction for `kind` (fp32, bf16, int8); how many products that were.
+
+    0 where the instruction set has no such instruction. A piece takes one thread a fraction of a millisecond. Raises
+    ValueError for another kind.
+    """
+    products: int = _cpu.probe_products(kind, pieces)
+    return products
+
+
+def _leaf(weight: Weight) -> tuple[npt.NDArray[Any], int, int, int]:
+    """`_matrix`, or the same for a vector: one column."""
+    if len(weight.shape) == 2:
+        return _matrix(weight, "Decoder")
+    words, bf16 = _words(weight)
+    return words, 2 if bf16 else 0, weight.shape[0], 1
+
+
+class Decoder:
+    """A whole forward of the dense decoder (`models/decoder.py`) as one call, over the same weights.
+
+    What it is: these ops in that file's order, so the same bits, without Python between them; the lock of the
+    interpreter is released once a call. Two threads may call at once. Caches are the caller's.
+    """
+
+    def __init__(
+        self,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        eps: float,
+        interleaved: bool,
+        inv_freq: F32,
+        embedding: Weight,
+        layers: Sequence[Sequence[Weight | None]],
+        norm: Weight,
+        head: Weight | None,
+    ) -> None:
+        """A layer is its 16 leaves in the order of `models.tree.Layer`, a weight before its bias; None: no bias.
+
+        Raises TypeError for a weight of a type that no kernel reads, ValueError for a shape that does not fit.
+        """
+        self._decoder = _cpu.Decoder(
+            heads, kv_heads, head_dim, eps, interleaved,
+            _leaf(embedding),
+            [[None if leaf is None else _leaf(leaf) for leaf in layer] for layer in layers],
+            _leaf(norm),
+            None if head is None else _leaf(head),
+        )  # fmt: skip
+        self._vocabulary = embedding.shape[0]
+        self._inv_freq = inv_freq
+        self._rope = rope_table(np.arange(-1, 0, dtype=np.int32), inv_freq)
+
+    def logits(
+        self,
+        ids: I32,
+        positions: I32,
+        keys: Sequence[Cache] = (),
+        values: Sequence[Cache] = (),
+        rows: I32 | None = None,
+    ) -> F32:
+        """Logits [n, V] for the rows of `ids` [B, T] (flattened) that are asked for; None: the last of each sequence.
+
+        `keys` and `values` are a layer's cache [B, S, G, D] each, written at `positions` [B, T] (-1: padding). Without
+        them the tokens are a whole stretch: positions 0 to T - 1. Raises TypeError or ValueError for arrays, ids or
+        positions that do not fit, before anything is written.
+        """
+        needed = keys[0].shape[1] if keys else ids.shape[-1]
+        cos, sin = self._rope
+        if len(cos) <= needed:
+            # A row for position -1 comes first. Both are replaced at once: another thread may be about to read them.
+            self._rope = cos, sin = rope_table(np.arange(-1, needed, dtype=np.int32), self._inv_freq)
+        out = np.empty((len(ids) if rows is None else len(rows), self._vocabulary), np.float32)
+        caches = [_cache(cache) for cache in (*keys, *values)]
+        kind = caches[0][1] if caches else 0
+        if any(other != kind for _, other in caches):
+            raise TypeError("keys and values must be of one type")
+        words = [array for array, _ in caches]
+        self._decoder.run(
+            ids, positions, cos, sin, words[: len(keys)], words[len(keys) :], kind, rows, out
+        )  # fmt: skip
+        return out
+
+
+def encode(kind: str, values: F32) -> U8:
+    """float32 values [*, n · block] as blocks of a GGML type: uint8 [*, n · size]; errors as `encode.quantize`.
+
+    The same bytes as its, on every instruction set. Types that are no blocks are left to NumPy.
+    """
+    if kind not in KINDS or TYPES[kind].block == 1:
+        return quantize(kind, values)
+    form = TYPES[kind]
+    out = np.empty((*values.shape[:-1], form.row_bytes(values.shape[-1])), np.uint8)
+    check(kind, values)
+    if not _cpu.encode(_TYPES[kind], values, out):
+        raise too_large(kind)
+    return out
+
+
+def top_k(logits: F32, k: int) -> tuple[I32, F32]:
+    """The ids and values of the k largest logits, see the reference: [*, V] → two of [*, k].
+
+    Raises ValueError unless 1 ≤ k ≤ V.
+    """
+    shape = (*logits.shape[:-1], k) if k >= 0 else (*logits.shape[:-1], 0)
+    ids, values = np.empty(shape, np.int32), np.empty(shape, np.float32)
+    _cpu.top_k(logits, ids, values)
+    return ids, values
 
 
 use()

@@ -12,13 +12,21 @@ namespace {
 #include "vec.inl"
 #include "tile.inl"
 
+#include "panels.inl"
+#include "packed.inl"
+
 #include "argmax.inl"
+#include "kv.inl"
 #include "attention.inl"
 #include "embedding.inl"
+#include "encode.inl"
 #include "linear.inl"
+#include "probe.inl"
 #include "rms_norm.inl"
 #include "rope.inl"
 #include "swiglu.inl"
+#include "top_k.inl"
 }  // namespace
 
-const Kernels TABLE = {embedding, rms_norm, linear, rope, attention, swiglu, argmax};
+const Kernels TABLE = {embedding, rms_norm, linear, regroup, rope, write_kv, attention,
+                       swiglu,    argmax,   top_k,  encode,  probe};

@@ -1,4 +1,5 @@
-// AVX-512 as in isa_avx512.cpp, with the bfloat16 dot product (Cooper Lake, Sapphire Rapids, Zen 4).
+// AVX-512 as in isa_avx512.cpp, with the dot products of bytes (VNNI) and of bfloat16 (Cooper Lake, Sapphire
+// Rapids, Zen 4).
 #define WIDTH 16
 #define TABLE kernels_avx512_bf16
 #define BF16_DOT 1

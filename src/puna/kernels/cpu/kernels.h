@@ -11,31 +11,126 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum WeightType { F32 = 0, F16 = 1, BF16 = 2 };
+enum WeightType {
+    F32, F16, BF16,
+    // Blocks of ggml's types, as in a GGUF file; `| PANELS`: the same blocks with the words of 16 rows side by side.
+    Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS,
+    // Not of ggml: 32 numbers as 2 float32 scales (16 numbers each) and 32 int8. Whatever has no kernel becomes this.
+    I8,
+    WEIGHT_TYPES,
+    PANELS = 64
+};
 
 struct Weights {
     const void* data;  // null: absent (a bias that is not there)
-    int type;          // a WeightType
+    int type;          // a WeightType, or a packed one | PANELS
 };
+
+// What `probe` measures.
+enum Probe { PROBE_READ, PROBE_FP32, PROBE_BF16, PROBE_INT8 };
+
+// A matrix of `linear`: y [rows, out] = x · w [out, in]ᵀ + bias [out].
+struct Product {
+    Weights w;
+    int64_t out;
+    Weights bias;
+    float* y;
+};
+
+// A matrix of `regroup`: packed [out, in], and where its panels go, a multiple of 64. `first_chunk` is regroup's own.
+struct Regrouping {
+    Weights packed;
+    int64_t out, in;
+    void* panels;
+    int64_t first_chunk;
+};
+
+// How a block lies in memory: `half` is where its only 16-bit scale is, -1 where it has none (two of them are a word);
+// all else is words of 32 bits, `words` of them, in their order. numbers = 0: not a packed type.
+struct BlockShape {
+    int numbers, bytes, half, words;
+};
+constexpr BlockShape BLOCKS[WEIGHT_TYPES] = {
+    {0, 4, -1, 0},      {0, 2, -1, 0},      {0, 2, -1, 0},      {32, 18, 0, 4},     {32, 20, -1, 5},
+    {32, 22, 0, 5},     {32, 24, -1, 6},    {32, 34, 0, 8},     {256, 84, -1, 21},  {256, 110, 108, 27},
+    {256, 144, -1, 36}, {256, 176, -1, 44}, {256, 210, 208, 52}, {32, 18, 0, 4},    {256, 136, -1, 34},
+    {32, 40, -1, 10},
+};
+
+// Panels: 16 rows of a matrix, then the next 16; missing rows are zero. A panel is one record for each 256 columns (the
+// last may be shorter): the 16-bit scales of its blocks, [block][row], padded to 64 bytes; then word w of block b of all
+// rows: [b][place_of(w)][row]. So 64 bytes hold 4 bytes of each of 16 rows, and the rows lie in the lanes of a vector.
+constexpr int PANEL_ROWS = 16;
+constexpr int RECORD = 256;
+
+// Static, so that no unit's copy serves another.
+static constexpr int64_t blocks_in_record(int type) { return RECORD / BLOCKS[type].numbers; }
+static constexpr int64_t halves_bytes(int type, int64_t blocks) {  // the scales before the words
+    return BLOCKS[type].half < 0 ? 0 : (blocks * PANEL_ROWS * 2 + 63) / 64 * 64;
+}
+static constexpr int64_t record_bytes(int type, int64_t blocks) {
+    return halves_bytes(type, blocks) + blocks * BLOCKS[type].words * PANEL_ROWS * 4;
+}
+static constexpr int64_t panel_bytes(int type, int64_t in) {
+    return in / RECORD * record_bytes(type, blocks_in_record(type)) +
+           (in % RECORD ? record_bytes(type, in % RECORD / BLOCKS[type].numbers) : 0);
+}
+
+// Words stand in the order in which a product first reads them: the hardware foresees a stream that goes straight on,
+// and fetches it better than any prefetch instruction did; Q6_K in ggml's order reached 45 % of the memory's bandwidth.
+// Scales come first, and the words of upper bits (high) among those of lower bits (low) that they complete:
+// Q2_K scales [4], low [2][8], d; Q3_K high [8], low [2][8], scales [3]; Q5_K scales [4], high [8], low [4][8];
+// Q6_K low [2][16], high [2][8], scales [4].
+static constexpr int place_of(int type, int w) {
+    if (type == Q2_K) return w == 20 ? 0 : w + 1;
+    if (type == Q3_K) return w >= 24 ? w - 24 : w < 8 ? 3 + w * 3 + 1 : 3 + w % 8 * 3 + w / 8 * 2 - 2;
+    if (type == Q5_K) return w < 4 ? w : w < 12 ? 4 + (w - 4) * 5 : 4 + (w - 12) % 8 * 5 + 1 + (w - 12) / 8;
+    if (type == Q6_K) {
+        if (w >= 48) return w - 48;
+        if (w >= 32) return 4 + (w - 32) / 8 * 24 + w % 8 * 2 + 1;
+        return 4 + w / 16 * 24 + (w % 16 < 8 ? w % 16 * 2 : 8 + w % 16);
+    }
+    return w;
+}
 
 struct Kernels {
     // out[i] = table[ids[i]]; the ids have been checked.
     void (*embedding)(Weights table, int64_t dim, const int32_t* ids, int64_t count, float* out);
     void (*rms_norm)(const float* x, Weights weight, int64_t rows, int64_t dim, float eps, float* out);
-    // y [rows, out] = x [rows, in] · w [out, in]ᵀ + bias [out]
-    void (*linear)(const float* x, int64_t rows, int64_t in, Weights w, int64_t out, Weights bias, float* y);
+    // Several products of one x [rows, in]. With packed weights a row's result has the same bits whatever rows share the
+    // call; with dense ones it has them among few rows, and again among many (linear.inl's MANY).
+    void (*linear)(const float* x, int64_t rows, int64_t in, const Product* products, int count);
+    // Packed blocks to panels, many matrices in one region. `mapped`: the blocks lie in mapped files, and nobody needs
+    // their pages once they are read.
+    void (*regroup)(Regrouping* matrices, int count, bool mapped);
     // x [tokens, heads, D] turned by cos and sin [tokens, D/2]
     void (*rope)(const float* x, const float* cos, const float* sin, int64_t tokens, int64_t heads, int64_t D,
                  bool interleaved, float* out);
+    // Caches [B, S, G, D] are F32, F16, BF16, or Q8_0 (then D is a multiple of 32): one type for keys and values.
+    // k and v [B, T, G, D] are stored at positions [B, T]; -1 is not stored. No two of them are the same place.
+    void (*write_kv)(Weights cache_k, Weights cache_v, const float* k, const float* v, const int32_t* positions,
+                     int64_t B, int64_t T, int64_t S, int64_t G, int64_t D);
     // positions may be null: 0, 1, 2, ... in each sequence. They have been checked: -1 <= position < S.
-    void (*attention)(const float* q, const float* k, const float* v, const int32_t* positions, int64_t B, int64_t T,
-                      int64_t S, int64_t H, int64_t G, int64_t D, float* out);
+    // A token's result has the same bits alone and among up to 8 of its sequence (decode), and again among any larger
+    // number (prefill); between these two ways it differs by rounding. The batch never matters.
+    // bf16: prefill may round what it multiplies to bfloat16, unless the cache is F32.
+    void (*attention)(const float* q, Weights k, Weights v, const int32_t* positions, int64_t B, int64_t T, int64_t S,
+                      int64_t H, int64_t G, int64_t D, bool bf16, float* out);
     void (*swiglu)(const float* gate, const float* up, int64_t count, float* out);
     void (*argmax)(const float* logits, int64_t rows, int64_t vocabulary, int32_t* out);
+    // The k largest of each row, 1 <= k <= vocabulary, largest first, equals by lower id: ids and values [rows, k].
+    void (*top_k)(const float* logits, int64_t rows, int64_t vocabulary, int64_t k, int32_t* ids, float* values);
+    // Packs finite numbers as `blocks` blocks of the WeightType `kind`, Q4_0 to Q6_K; false where a scale does not fit
+    // float16 (then `out` means nothing).
+    bool (*encode)(int kind, const float* x, int64_t blocks, uint8_t* out);
+    // On all threads: read `amount` bytes at data, or multiply and add in `amount` equal pieces. Gives the bytes, or how
+    // many products that were; 0 where the instruction set has no such instruction.
+    int64_t (*probe)(int what, const void* data, int64_t amount);
 };
 
-// The tables, one a translation unit; which of them exist is known to module.cpp by PUNA_HAVE_*.
-extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512, kernels_avx512_bf16, kernels_neon;
+// The tables, one a translation unit; which of them exist is known to tables.cpp by PUNA_HAVE_*.
+extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512, kernels_avx512_bf16, kernels_neon,
+    kernels_neon_dot;
 
 // Runs run(job, chunk, thread) for every chunk in [0, chunks), on the calling thread (number 0) and on idle threads of
 // the pool (numbers below `threads`); returns when all chunks are done. Which thread gets which chunk is not fixed.
@@ -48,3 +143,7 @@ extern "C" int puna_threads();
 // At least `bytes` of scratch memory aligned to 64, the calling thread's own, valid until its next call of this
 // function. Throws std::bad_alloc.
 extern "C" void* puna_scratch(size_t bytes);
+
+// Gives back the pages from the one of `begin` to the one before that of `end`, which are of a mapped file: whoever
+// reads them again gets them from the system's cache or the disk.
+extern "C" void puna_release_pages(const void* begin, const void* end);

@@ -9,13 +9,6 @@
 // With AVX-512 BF16, bfloat16 weights meet activations rounded to bfloat16 (vdpbf16ps, sums in float32); everywhere
 // else weights are widened exactly and activations stay float32.
 
-#ifdef BF16_DOT
-typedef __m512bh bh;
-
-// sums += w · x, pairs of bfloat16. In assembly because gcc 12 spills the tile's sums around the intrinsic.
-INLINE void dot_pairs(vf& sums, __m512i w, __m512i x) { asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(w), "v"(x)); }
-#endif
-
 struct LinearJob {
     const float* x;
     Weights w, bias;
@@ -33,18 +26,18 @@ struct LinearJob {
 };
 
 INLINE float widen_one(Weights w, int64_t i) {
-    if (w.type == F32) return ((const float*)w.data)[i];
-    uint16_t word = ((const uint16_t*)w.data)[i];
+    if (w.type == F32) return ((const float_any*)w.data)[i];
+    half_any word = ((const half_any*)w.data)[i];
     return (w.type == BF16 ? widen_part<BF16>(&word, 1) : widen_part<F16>(&word, 1))[0];
 }
 
 INLINE float bias_of(const LinearJob& job, int64_t n) { return job.bias.data ? widen_one(job.bias, n) : 0.0f; }
 
+#include "linear_packed.inl"
+
 // ---- few rows ----
 
 constexpr int64_t FEW_GROUP = 8;  // activation rows that share one pass over a chunk of weights
-
-constexpr int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // How many rows of weights are read side by side: as many streams as the registers have sums for.
 constexpr int rows_beside(int m) { return REGISTERS == 32 ? (m <= 4 ? 4 : 3) : (m <= 2 ? 4 : m <= 4 ? 2 : 1); }
@@ -102,7 +95,7 @@ template <int TYPE, int M>
 static void few_block(const LinearJob& job, int64_t n0, int64_t n1, int64_t m0) {
     typedef typename Words<TYPE>::word word;
     constexpr int R = rows_beside(M), SIDE = 6 * R;
-    constexpr int64_t PART = larger_of(512, (24 << 10) / (M * (uses_dot(TYPE) ? 2 : 4)) / 512 * 512);
+    constexpr int64_t PART = larger(512, (24 << 10) / (M * (uses_dot(TYPE) ? 2 : 4)) / 512 * 512);
     const char* x = job.packed + m0 * job.packed_row;
     vf rest[SIDE][M];
     for (int64_t side = n0; side < n1; side += SIDE)
@@ -188,7 +181,7 @@ constexpr int64_t OUT_BLOCK = 64;          // rows of weights that stay in L2 wh
 constexpr int64_t k_block(bool dot) { return dot ? 2048 : 1024; }
 
 template <bool DOT>
-INLINE int64_t panel_bytes(int64_t in) {
+INLINE int64_t lanes_bytes(int64_t in) {
     return round_up((DOT ? ceil_div(in, 2) : in) * LANES * 4, 64);
 }
 
@@ -197,7 +190,7 @@ static void pack_panel(void* data, int64_t panel, int) {
     const LinearJob& job = *(const LinearJob*)data;
     int64_t first = panel * LANES, rows = smaller(LANES, job.count - first), lanes = round_up(rows, W);
     const float* x = job.x + (job.first + first) * job.in;
-    float* to = (float*)(job.packed + panel * panel_bytes<DOT>(job.in));
+    float* to = (float*)(job.packed + panel * lanes_bytes<DOT>(job.in));
     if constexpr (!DOT) {
         pack_lanes([&](int64_t i) { return x + i * job.in; }, rows, lanes, job.in, 1.0f, to);
     } else {
@@ -224,7 +217,7 @@ static void pack_panel(void* data, int64_t panel, int) {
 #ifdef BF16_DOT
 // As tile_rows, in pairs of k; the last k of an odd `count` is paired with zero.
 template <int R, int V>
-INLINE void tile_pairs(const uint16_t* const* rows, const float* panel, int64_t count, vf (&sums)[R][V]) {
+INLINE void tile_pairs(const half_any* const* rows, const float* panel, int64_t count, vf (&sums)[R][V]) {
     for (int64_t k = 0; k + 2 <= count; k += 2, panel += V * W) {
         __m512i x[V];
         UNROLL for (int j = 0; j < V; j++) x[j] = _mm512_load_si512(panel + j * W);
@@ -317,7 +310,7 @@ static void many_chunk(void* data, int64_t chunk, int thread) {
             int64_t rows = smaller(LANES, job.count - p * LANES), vectors = ceil_div(rows, W);
             b.first = job.first + p * LANES;
             b.rows = rows;
-            b.panel = (const float*)(job.packed + p * panel_bytes<DOT>(job.in)) + (DOT ? b.k0 / 2 : b.k0) * vectors * W;
+            b.panel = (const float*)(job.packed + p * lanes_bytes<DOT>(job.in)) + (DOT ? b.k0 / 2 : b.k0) * vectors * W;
             b.sums = (float*)own + (p - p0) * (OUT_BLOCK + NR) * LANES;
             if (vectors == 3) many_tiles<DOT, 3>(job, b);
             else if (vectors == 2) many_tiles<DOT, 2>(job, b);
@@ -330,7 +323,7 @@ template <int TYPE>
 static void linear_many(LinearJob& job) {
     constexpr bool DOT = uses_dot(TYPE);
     int threads = puna_threads();
-    int64_t most = ceil_div(smaller(job.rows, ROW_BLOCK), LANES), all = most * panel_bytes<DOT>(job.in);
+    int64_t most = ceil_div(smaller(job.rows, ROW_BLOCK), LANES), all = most * lanes_bytes<DOT>(job.in);
     job.thread_bytes = round_up(sums_bytes(most) + (DOT || TYPE == F32 ? 0 : OUT_BLOCK * WIDE_ROW * 4), 64);
     job.packed = (char*)puna_scratch((size_t)(all + threads * job.thread_bytes));
     job.thread_scratch = job.packed + all;
@@ -355,16 +348,25 @@ static void linear_of(LinearJob& job) {
     else linear_many<TYPE>(job);
 }
 
-static void linear(const float* x, int64_t rows, int64_t in, Weights w, int64_t out, Weights bias, float* y) {
+static void linear_dense(const float* x, int64_t rows, int64_t in, const Product& product) {
     LinearJob job = {};
     job.x = x;
-    job.w = w;
-    job.bias = bias;
-    job.y = y;
+    job.w = product.w;
+    job.bias = product.bias;
+    job.y = product.y;
     job.rows = rows;
     job.in = in;
-    job.out = out;
-    if (w.type == F32) linear_of<F32>(job);
-    else if (w.type == F16) linear_of<F16>(job);
+    job.out = product.out;
+    if (job.w.type == F32) linear_of<F32>(job);
+    else if (job.w.type == F16) linear_of<F16>(job);
     else linear_of<BF16>(job);
+}
+
+// Runs of packed products go together; each dense one is a call of its own.
+static void linear(const float* x, int64_t rows, int64_t in, const Product* products, int count) {
+    for (int i = 0, packed; i < count; i += packed + (packed == 0)) {
+        for (packed = 0; i + packed < count && products[i + packed].w.type > BF16;) packed++;
+        if (packed) linear_packed(x, rows, in, products + i, packed);
+        else linear_dense(x, rows, in, products[i]);
+    }
 }

@@ -2,7 +2,8 @@
 //
 // A region is a number of chunks, handed out one by one from a counter, so a thread that is slow or held up by a busy
 // neighbour takes fewer. The caller works too, and never waits for a worker that has not joined: a sleeping or
-// preempted worker costs nothing but its help. Idle workers spin for at most 50 µs, then sleep.
+// preempted worker costs nothing but its help. Idle workers spin for at most 50 µs, then sleep; so does a caller that
+// waits for a worker's last chunk.
 //
 // What is surprising:
 // - Two threads may call at once: the second finds the pool taken and does its chunks alone.
@@ -29,10 +30,11 @@
 
 #ifdef __linux__
 #include <sched.h>
-#include <sys/mman.h>
 #endif
 #ifndef _WIN32
 #include <pthread.h>
+#include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace {
@@ -58,6 +60,8 @@ struct Pool {
     std::mutex region;  // held by the thread whose region is open
     std::mutex sleep;
     std::condition_variable wake;
+    std::atomic<bool> waiting{false};  // the caller sleeps until `inside` is 0
+    std::condition_variable done;
     int threads = 1;
     // The open region; written while no worker is inside.
     int64_t chunks = 0;
@@ -97,7 +101,10 @@ struct Pool {
                 if (thread < limit) take_chunks(thread);
                 seen = now;
             }
-            inside.fetch_sub(1);
+            if (inside.fetch_sub(1) == 1 && waiting.load()) {
+                { std::lock_guard<std::mutex> lock(sleep); }
+                done.notify_all();
+            }
         }
     }
 
@@ -117,8 +124,13 @@ struct Pool {
         auto until = Clock::now() + SPIN;
         for (int i = 1; inside.load() > 0; i++) {
             relax();
-            // A worker was preempted within its last chunk: give it this core.
-            if (i % 32 == 0 && Clock::now() > until) std::this_thread::yield();
+            if (i % 32 || Clock::now() < until) continue;
+            // A worker was preempted within its last chunk. Sleeping gives it this core: the scheduler moves a waiting
+            // thread to a core that has nothing to do, where yielding would only have it wait for its turn on the other.
+            std::unique_lock<std::mutex> lock(sleep);
+            waiting.store(true);
+            done.wait(lock, [&] { return inside.load() == 0; });
+            waiting.store(false);
         }
     }
 };
@@ -273,4 +285,15 @@ extern "C" void* puna_scratch(size_t bytes) {
     scratch.data = data;
     scratch.bytes = size;
     return data;
+}
+
+extern "C" void puna_release_pages(const void* begin, const void* end) {
+#ifndef _WIN32
+    static const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    uintptr_t first = (uintptr_t)begin / page * page, last = (uintptr_t)end / page * page;
+    // A refusal costs only memory.
+    if (first < last) (void)madvise((void*)first, last - first, MADV_DONTNEED);
+#else
+    (void)begin, (void)end;
+#endif
 }

@@ -9,9 +9,14 @@ constexpr int NR = REGISTERS == 32 ? 8 : 4;
 constexpr int NV = 3;
 constexpr int LANES = NV * W;  // activation rows (or queries) in a full panel
 
-// sums[i][j] += Σ_k rows[i][k] · panel[k][j], k < count.
+#ifdef BF16_DOT
+// sums += w · x, pairs of bfloat16. In assembly because gcc 12 spills the tile's sums around the intrinsic.
+INLINE void dot_pairs(vf& sums, __m512i w, __m512i x) { asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(w), "v"(x)); }
+#endif
+
+// sums[i][j] += Σ_k rows[i][k] · panel[k][j], k < count. The rows may be weights.
 template <int R, int V>
-INLINE void tile_rows(const float* const* rows, const float* panel, int64_t count, vf (&sums)[R][V]) {
+INLINE void tile_rows(const float_any* const* rows, const float* panel, int64_t count, vf (&sums)[R][V]) {
     for (int64_t k = 0; k < count; k++) {
         vf x[V];
         UNROLL for (int j = 0; j < V; j++) x[j] = load(panel + (k * V + j) * W);

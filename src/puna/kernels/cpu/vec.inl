@@ -1,6 +1,6 @@
 // Vectors of WIDTH floats in the compiler's own notation (GCC and Clang's vector extension), so that each op is written
-// once and compiled for 16 (AVX-512), 8 (AVX2) or 4 lanes (SSE2, NEON). Intrinsics appear here only, where the notation
-// has no word: widening float16, partial loads, the bfloat16 dot product.
+// once and compiled for 16 (AVX-512), 8 (AVX2) or 4 lanes (SSE2, NEON). Intrinsics stand only where the notation has no
+// word: converting float16, partial loads, dot products, shuffles of whole vectors.
 //
 // What is surprising: no header of the C++ library is included, and everything is static: see kernels.h.
 
@@ -24,6 +24,8 @@ typedef float vf_any __attribute__((vector_size(4 * WIDTH), aligned(1), may_alia
 typedef uint16_t vh_any __attribute__((vector_size(2 * WIDTH), aligned(1), may_alias));
 typedef float f4_any __attribute__((vector_size(16), aligned(1), may_alias));
 typedef uint32_t word_any __attribute__((aligned(1), may_alias));
+typedef uint16_t half_any __attribute__((aligned(1), may_alias));
+typedef float float_any __attribute__((aligned(1), may_alias));
 
 constexpr int W = WIDTH;
 #if WIDTH == 16 || defined(__aarch64__)
@@ -33,8 +35,8 @@ constexpr int REGISTERS = 16;
 #endif
 constexpr float INFINITE = __builtin_inff();
 
-INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
@@ -53,6 +55,7 @@ INLINE void keep(vf& x) {
 
 INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
+INLINE vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
 // The first n < W floats at p, then zeros; nothing beyond them is read.
 INLINE vf load_part(const float* p, int64_t n) {
@@ -94,26 +97,37 @@ INLINE float sum(vf x) {
     return z[0] + z[1];
 }
 
+// The largest lane, halves first; no lane is NaN.
 INLINE float largest(vf x) {
-    float best = x[0];
-    for (int i = 1; i < W; i++) best = x[i] > best ? x[i] : best;
-    return best;
+#if WIDTH == 16
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+#if WIDTH == 8
+    f4 a = (f4)_mm256_castps256_ps128((__m256)x), b = (f4)_mm256_extractf128_ps((__m256)x, 1);
+    f4 z = a > b ? a : b;
+#else
+    f4 z = x;
+#endif
+    f4 swapped = SHUFFLE(z, z, 2, 3, 0, 1);
+    z = z > swapped ? z : swapped;
+    return z[0] > z[1] ? z[0] : z[1];
+#endif
 }
 
-// A weight of each type, as vectors of float32. `any` is the unaligned word.
+// A weight of each type, as vectors of float32.
 template <int TYPE>
 struct Words;
 
 template <>
 struct Words<F32> {
-    typedef float word;
-    INLINE vf widen(const float* p) { return load(p); }
+    typedef float_any word;
+    INLINE vf widen(const word* p) { return *(const vf_any*)p; }
 };
 
 template <>
 struct Words<BF16> {
-    typedef uint16_t word;
-    INLINE vf widen(const uint16_t* p) {
+    typedef half_any word;
+    INLINE vf widen(const word* p) {
 #if WIDTH == 16
         return (vf)((vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
 #elif WIDTH == 8
@@ -126,14 +140,14 @@ struct Words<BF16> {
 
 template <>
 struct Words<F16> {
-    typedef uint16_t word;
-    INLINE vf widen(const uint16_t* p) {
+    typedef half_any word;
+    INLINE vf widen(const word* p) {
 #if WIDTH == 16
         return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif WIDTH == 8
         return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #elif defined(__aarch64__)
-        return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+        return (vf)vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)*(const vh_any*)p));
 #else
         // Shift the fields into float32's places and mend the exponent's bias, 127 - 15, by an exact product; it also
         // normalizes subnormals. An exponent of all ones (infinity, NaN) must become all ones.

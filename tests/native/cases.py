@@ -1,0 +1,323 @@
+"""Writes what `driver.cpp` runs: inputs of every op over odd sizes, and what `puna.kernels.reference` makes of them.
+
+    python tests/native/cases.py FILE
+
+The file, little endian: `PUNACASE`, then cases until it ends. A case is its op (16 bytes, filled with zeros), its
+numbers (int64 count, int64 each), its tolerance and the one for AVX-512 BF16 (float64: times the largest expected
+number), its inputs and what is wanted of it; these are lists of arrays (int64 count). An array is the name of its type
+(8 bytes: `F32`, `Q4_K`, `I32`), by how many bytes its end misses the guard page, its size in bytes (int64 each), and
+the bytes.
+
+What it is not: the tests of the Python module (`tests/unit/kernels/test_cpu.py`), which go further on the machine that
+runs them.
+What is surprising: activations are numbers that bfloat16 holds, because AVX-512 BF16 rounds them to it beside bfloat16
+weights. Beside packed weights all instruction sets round them to 8 bits, and so does `quantized`.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from puna.kernels import reference as ref
+from puna.kernels.blocks import TYPES
+from puna.kernels.encode import KINDS
+from puna.kernels.layouts import BF16, Packed, Weight, convert, empty_cache, to_bf16, to_float32, words
+
+DTYPES = ("fp32", "fp16", "bf16")
+FLOAT32 = 2e-6
+"""The tolerance of an op whose sums are float32 and not long."""
+
+
+@dataclass
+class Case:
+    """One call: the op, its numbers in the order of `Kernels`, how near the results must come, arrays in and out."""
+
+    op: str
+    numbers: tuple[int, ...]
+    tolerance: float
+    inputs: tuple[Any, ...]
+    wanted: tuple[Any, ...]
+    tolerance_bf16: float | None = None
+    """Where bfloat16 products serve; None: the same."""
+
+
+@dataclass
+class Anywhere:
+    """Weights, which may begin at any byte: a tensor of a mapped file."""
+
+    kind: str
+    data: npt.NDArray[Any]
+
+
+NAMES = {"float32": "F32", "float16": "F16", "int32": "I32"}
+
+
+def anywhere(weight: Weight) -> Anywhere:
+    return Anywhere(kind_of(weight), words(weight))
+
+
+def kind_of(array: Any) -> str:
+    """The name of an array's type in the file."""
+    if isinstance(array, BF16):
+        return "BF16"
+    return array.kind if isinstance(array, Packed | Anywhere) else NAMES[array.dtype.name]
+
+
+def normal(*shape: int, seed: int = 0) -> npt.NDArray[np.float32]:
+    """Random float32 of these sizes that bfloat16 holds; equal sizes and seeds give equal numbers."""
+    rng = np.random.default_rng([seed, *shape])
+    return to_float32(to_bf16(rng.standard_normal(shape, dtype=np.float32)))
+
+
+def f32(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Wanted numbers, computed in float64."""
+    return values.astype(np.float32)
+
+
+PACKED = {
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
+    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
+}  # fmt: skip
+"""The types that have kernels, and where the float16 scales of a block lie."""
+
+
+def packed(kind: str, rows: int, columns: int) -> Packed:
+    """Random blocks: every byte is anything, but the scales are numbers of a usual size."""
+    rng = np.random.default_rng([rows, columns])
+    blocks = columns // TYPES[kind].block
+    data = rng.integers(0, 256, (rows, blocks, TYPES[kind].size), dtype=np.uint8)
+    for place in PACKED[kind]:
+        scale = rng.uniform(-0.02, 0.02, (rows, blocks, 1)).astype(np.float16)
+        data[..., place : place + 2] = scale.view(np.uint8)
+    return Packed(kind, (rows, columns), data.reshape(rows, -1))
+
+
+def quantized(x: npt.NDArray[np.float32], kind: str) -> npt.NDArray[np.float64]:
+    """Activations as they meet packed weights: 8 bits with a scale for each block, of 32 or 256 as in `kind`."""
+    rows, columns = x.shape
+    block = TYPES[kind].block if kind in TYPES else 32
+    parts = np.pad(x, ((0, 0), (0, -columns % block))).reshape(rows, -1, block)
+    most = np.max(np.abs(parts), axis=-1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        integers = np.where(most > 0, np.rint(parts * (np.float32(127) / most)), 0)
+    return (integers * (most / np.float32(127)).astype(np.float64)).reshape(rows, -1)[:, :columns]
+
+
+def embedding() -> Iterator[Case]:
+    """Rows of a table, exactly; all 65,536 words of the 16-bit types."""
+    every = np.arange(65536, dtype=np.uint16).reshape(64, 1024)
+    tables: list[Weight] = [convert(normal(11, dim), dtype) for dim in (1, 7, 33, 288) for dtype in DTYPES]
+    tables += [packed(kind, 19, 512) for kind in PACKED]
+    for table in (*tables, every.view(np.float16), BF16(every)):
+        rows, dim = table.shape
+        ids = np.arange(rows, dtype=np.int32)[::-1].copy()
+        yield Case("embedding", (dim, rows, rows), 0, (anywhere(table), ids), (ref.embedding(table, ids),))
+
+
+def rms_norm() -> Iterator[Case]:
+    for rows, dim in ((1, 1), (3, 7), (4, 64), (2, 1000), (130, 257)):
+        for dtype in DTYPES:
+            x, weight = normal(rows, dim) * 30, convert(normal(dim, seed=1), dtype)
+            want = ref.rms_norm(x.astype(np.float64), weight, 1e-5)
+            yield Case(
+                "rms_norm", (rows, dim), FLOAT32, (x, anywhere(weight), np.array([1e-5], np.float32)), (f32(want),)
+            )
+
+
+LINEAR = (
+    *((rows, inner, 13) for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12) for inner in (1, 31, 200)),
+    (13, 1, 1), (17, 64, 9), (33, 31, 65), (49, 200, 70), (100, 63, 130), (800, 6, 5), (3, 517, 300), (50, 2200, 11),
+)  # fmt: skip
+"""Rows, inputs, outputs: few and many rows, parts of the inputs, and enough work for several threads."""
+
+
+NONE = np.zeros(0, np.float32)
+
+
+def linear() -> Iterator[Case]:
+    for rows, inner, out in LINEAR:
+        for dtype in DTYPES:
+            x, weight = normal(rows, inner), convert(normal(out, inner, seed=1), dtype)
+            bias = convert(normal(out, seed=2), dtype) if rows % 2 else None
+            want = ref.linear(x.astype(np.float64), weight, bias)
+            inputs = (x, anywhere(weight), NONE if bias is None else anywhere(bias))
+            yield Case("linear", (rows, inner, out), 5e-6, inputs, (f32(want),))
+
+
+LINEAR_PACKED = (
+    (1, 256, 1), (2, 512, 16), (3, 256, 17), (5, 1280, 40), (9, 256, 7), (13, 512, 33), (25, 1280, 20), (40, 256, 100),
+    (530, 256, 18), (3, 2560, 150),
+)  # fmt: skip
+"""As LINEAR, for blocks of 256; blocks of 32 get 32 inputs more, so that the last record is a short one."""
+
+
+def linear_packed() -> Iterator[Case]:
+    for kind in (*PACKED, "I8"):
+        for rows, inner, out in LINEAR_PACKED:
+            columns = inner if kind in TYPES and TYPES[kind].block == 256 else inner + 32
+            weight, values = int8_blocks(out, columns) if kind == "I8" else blocks_of(kind, out, columns)
+            x = normal(rows, columns)
+            if rows == 2:
+                x[1] = 0
+            want = quantized(x, kind) @ values.astype(np.float64).T
+            bias = normal(out, seed=2) if rows % 2 else None
+            inputs = (x, weight, NONE if bias is None else bias)
+            yield Case("linear", (rows, columns, out), 5e-6, inputs, (f32(want if bias is None else want + bias),))
+
+
+def blocks_of(kind: str, rows: int, columns: int) -> tuple[Anywhere, npt.NDArray[np.float32]]:
+    """Random blocks and their values."""
+    weight = packed(kind, rows, columns)
+    return anywhere(weight), to_float32(weight)
+
+
+def int8_blocks(rows: int, columns: int) -> tuple[Anywhere, npt.NDArray[np.float32]]:
+    """Random blocks of I8 (two float32 scales, 32 int8) and their values."""
+    rng = np.random.default_rng([rows, columns])
+    scales = rng.uniform(-0.02, 0.02, (rows, columns // 32, 2)).astype(np.float32)
+    integers = rng.integers(-127, 128, (rows, columns // 32, 32), dtype=np.int8)
+    values = (integers.reshape(rows, -1, 2, 16) * scales[..., None]).astype(np.float32)
+    data = np.concatenate([scales.view(np.uint8), integers.view(np.uint8)], axis=-1)
+    return Anywhere("I8", data), values.reshape(rows, columns)
+
+
+def rope() -> Iterator[Case]:
+    for tokens, heads, size in ((1, 1, 2), (5, 3, 6), (3, 2, 34), (130, 4, 64), (2, 3, 80)):
+        for interleaved in (False, True):
+            x = normal(tokens, heads, size)
+            cos, sin = ref.rope_table(
+                np.arange(tokens, dtype=np.int32), 10000.0 ** -np.linspace(0, 1, size // 2, dtype=np.float32)
+            )
+            want = ref.rope(x.astype(np.float64), cos, sin, interleaved)
+            yield Case("rope", (tokens, heads, size, interleaved), FLOAT32, (x, cos, sin), (f32(want),))
+
+
+ATTENTION = (
+    (1, 19, 19, 1, 1, 1), (2, 19, 19, 6, 2, 20), (1, 1, 23, 8, 8, 5), (2, 1, 700, 4, 2, 16), (2, 3, 150, 20, 4, 80),
+    (1, 40, 200, 3, 3, 33), (2, 2, 1100, 4, 2, 32), (1, 130, 130, 2, 1, 64), (1, 9, 70, 4, 2, 96),
+)  # fmt: skip
+"""Sequences, new tokens, cached tokens, heads, key/value heads, head size."""
+
+
+CACHES = ("fp32", "fp16", "bf16", "q8_0")
+
+
+def filled(kv_type: str, B: int, S: int, G: int, D: int, seed: int) -> Any:
+    """A KV cache of random numbers."""
+    cache = empty_cache(kv_type, (B, S, G, D))
+    words(cache)[...] = ref.to_cache(normal(B, S, G, D, seed=seed), cache)
+    return cache
+
+
+def write_kv() -> Iterator[Case]:
+    for kv_type in CACHES:
+        for D in (32, 96) if kv_type == "q8_0" else (5, 32, 33):
+            B, T, S, G = 2, 3, 6, 2
+            before = [filled(kv_type, B, S, G, D, seed) for seed in (0, 1)]
+            after = [filled(kv_type, B, S, G, D, seed) for seed in (0, 1)]
+            k, v = (normal(B, T, G, D, seed=seed) * 1.01 for seed in (2, 3))  # what no cache but float32 holds
+            k[0, 0, 0, :5] = (0, -0.0, 7e4, 1e-7, 65519)
+            k[1, 1, 0] = 0
+            positions = np.array([[0, 5, -1], [-1, 3, 4]], np.int32)
+            ref.write_kv(after[0], after[1], k, v, positions)
+            yield Case("write_kv", (B, T, S, G, D), 0, (*before, k, v, positions), tuple(after))
+
+
+def attention() -> Iterator[Case]:
+    for kv_type in CACHES:
+        for B, T, S, H, G, D in ATTENTION:
+            if kv_type == "q8_0" and D % 32:
+                continue
+            q, k, v = normal(B, T, H, D), *(filled(kv_type, B, S, G, D, seed) for seed in (1, 2))
+            positions = None
+            if T != S:
+                positions = np.tile(np.arange(S - T, S, dtype=np.int32), (B, 1))
+                positions[-1] -= 7
+                if T > 1:
+                    positions[-1, 0] = -1
+            want = ref.attention(q.astype(np.float64), k, v, positions)
+            inputs = (q, k, v, np.zeros(0, np.int32) if positions is None else positions)
+            # AVX-512 BF16 may round the queries and the weights of a prefill where the cache is not float32.
+            for rounds in (0, 1):
+                bf16 = 1e-2 if rounds and kv_type != "fp32" else 3e-6
+                yield Case("attention", (B, T, S, H, G, D, rounds), 3e-6, inputs, (f32(want),), bf16)
+
+
+def swiglu() -> Iterator[Case]:
+    for count in (1, 3, 100, 70001):
+        gate, up = normal(count) * 10, normal(count, seed=1)
+        want = ref.swiglu(gate.astype(np.float64), up)
+        yield Case("swiglu", (count,), FLOAT32, (gate, up), (f32(want),))
+    gate = np.array([-1e4, -100, -88, -20, 0, 20, 88, 100, 1e4, np.nan], np.float32)
+    want = ref.swiglu(gate.astype(np.float64), np.ones(len(gate)))
+    yield Case("swiglu", (len(gate),), FLOAT32, (gate, np.ones_like(gate)), (f32(want),))
+
+
+def argmax() -> Iterator[Case]:
+    for rows, vocabulary in ((1, 1), (3, 15), (2, 65), (3, 1000), (2, 32003)):
+        logits = np.round(normal(rows, vocabulary), 1)  # many equals: the first one counts
+        yield Case("argmax", (rows, vocabulary), 0, (logits,), (ref.argmax(logits),))
+        logits[:, vocabulary // 2 :] = np.nan
+        yield Case("argmax", (rows, vocabulary), 0, (logits,), (ref.argmax(logits),))
+
+
+def top_k() -> Iterator[Case]:
+    for rows, vocabulary, k in ((1, 1, 1), (2, 15, 15), (3, 65, 2), (2, 1000, 700), (3, 32003, 40)):
+        logits = np.round(normal(rows, vocabulary), 1)  # many equals
+        logits[0, vocabulary // 2] = np.nan
+        logits[-1, vocabulary // 3 :] = -np.inf
+        yield Case("top_k", (rows, vocabulary, k), 0, (logits,), ref.top_k(logits, k))
+
+
+def encode() -> Iterator[Case]:
+    for kind in KINDS:
+        if TYPES[kind].block == 1:
+            continue
+        for blocks in (1, 17, 300):
+            values = normal(blocks, TYPES[kind].block)
+            values[blocks // 2] = 0
+            values[-1, 3] = 1e3
+            yield Case("encode", (blocks,), 0, (values,), (Anywhere(kind, ref.encode(kind, values)),))
+
+
+def cases() -> Iterator[Case]:
+    """Every case, small ones of an op first."""
+    for op in (embedding, rms_norm, linear, linear_packed, rope, write_kv, attention, swiglu, argmax, top_k, encode):
+        yield from op()
+
+
+def _write_array(file: BinaryIO, array: Any) -> None:
+    data = array.data if isinstance(array, Anywhere) else words(array)
+    file.write(kind_of(array).encode().ljust(8, b"\0"))
+    file.write(struct.pack("<2q", isinstance(array, Anywhere), data.nbytes))
+    file.write(np.ascontiguousarray(data).tobytes())
+
+
+def write(path: Path) -> int:
+    """Write all cases; returns their number."""
+    count = 0
+    with path.open("wb") as file:
+        file.write(b"PUNACASE")
+        for case in cases():
+            file.write(case.op.encode().ljust(16, b"\0"))
+            bf16 = case.tolerance if case.tolerance_bf16 is None else case.tolerance_bf16
+            file.write(struct.pack(f"<q{len(case.numbers)}q", len(case.numbers), *case.numbers))
+            file.write(struct.pack("<2d", case.tolerance, bf16))
+            for arrays in (case.inputs, case.wanted):
+                file.write(struct.pack("<q", len(arrays)))
+                for array in arrays:
+                    _write_array(file, array)
+            count += 1
+    return count
+
+
+if __name__ == "__main__":
+    print(f"{write(Path(sys.argv[1]))} cases")

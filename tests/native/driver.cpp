@@ -1,0 +1,300 @@
+// Runs recorded cases through the table of every instruction set of this build that the machine has, without Python:
+//
+//     driver CASES [THREADS]
+//
+// CASES is a file of tests/native/cases.py, which describes the format. A line for each case that fails, one for each
+// instruction set, and exit status 1 if anything failed or could not be read.
+//
+// What it is: what a cross-compiled build runs under an emulator, and what the sanitizers watch.
+// What it is not: a second definition of the ops; the expected numbers come from puna.kernels.reference.
+// What is surprising: every array ends where an unreadable page begins, so that a read past its end is a crash in any
+// build, and weights begin at an odd byte, as they may in a mapped file. Each case has a thread of its own, so that the
+// scratch memory of the ops is as small as the case needs it.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+#include "tables.h"
+
+namespace {
+
+[[noreturn]] void fail(const std::string& what) {
+    std::fprintf(stderr, "driver: %s\n", what.c_str());
+    std::exit(1);
+}
+
+// Bytes that end at an unreadable page, or `slack` bytes before it.
+class Guarded {
+  public:
+    Guarded(size_t bytes, size_t slack) : bytes_(bytes) {
+        size_t page = (size_t)sysconf(_SC_PAGESIZE);
+        mapped_ = (bytes + slack + page - 1) / page * page + page;
+        void* base = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (base == MAP_FAILED) fail("no memory");
+        base_ = (char*)base;
+        if (mprotect(base_ + mapped_ - page, page, PROT_NONE) != 0) fail("no guard page");
+        data_ = base_ + mapped_ - page - slack - bytes;
+    }
+    Guarded(Guarded&& other) noexcept
+        : base_(std::exchange(other.base_, nullptr)), data_(other.data_), bytes_(other.bytes_), mapped_(other.mapped_) {}
+    Guarded(const Guarded&) = delete;
+    ~Guarded() {
+        if (base_) munmap(base_, mapped_);
+    }
+
+    char* data() const { return data_; }
+    size_t bytes() const { return bytes_; }
+
+  private:
+    char *base_, *data_;
+    size_t bytes_, mapped_;
+};
+
+// What an array holds that is no weight.
+constexpr int INT32 = -1;
+
+struct Array {
+    int type;  // a WeightType or INT32
+    Guarded memory;
+
+    const float* floats() const { return (const float*)memory.data(); }
+    // Null where the case has no such array.
+    const int32_t* ints() const { return memory.bytes() ? (const int32_t*)memory.data() : nullptr; }
+    Weights weights() const { return {memory.bytes() ? memory.data() : nullptr, type}; }
+    std::string name() const { return type == INT32 ? "I32" : TYPE_NAMES[type]; }
+};
+
+struct Case {
+    std::string op;
+    std::vector<int64_t> numbers;        // sizes and flags, in the order of Kernels
+    double tolerance, tolerance_bf16;    // times the largest expected number; 0: equal
+    std::vector<Array> inputs, wanted;
+
+    std::string label() const {
+        std::string out = op;
+        for (int64_t number : numbers) out += " " + std::to_string(number);
+        for (const Array& array : inputs) out += " " + array.name();
+        return out;
+    }
+};
+
+// ---- the file ----
+
+class Reader {
+  public:
+    explicit Reader(const char* path) : file_(std::fopen(path, "rb")) {
+        if (!file_) fail(std::string("cannot open ") + path);
+    }
+    ~Reader() { std::fclose(file_); }
+    Reader(const Reader&) = delete;
+
+    bool ended() {
+        int next = std::fgetc(file_);
+        if (next == EOF) return true;
+        std::ungetc(next, file_);
+        return false;
+    }
+    void bytes(void* to, size_t count) {
+        if (std::fread(to, 1, count, file_) != count) fail("the file ends within a case");
+    }
+    template <typename T>
+    T number() {
+        T value;
+        bytes(&value, sizeof value);
+        return value;
+    }
+    std::string word(size_t length) {
+        std::string out(length, 0);
+        bytes(&out[0], length);
+        return out.c_str();
+    }
+    int type() {
+        std::string name = word(8);
+        if (name == "I32") return INT32;
+        for (int type = 0; type < WEIGHT_TYPES; type++)
+            if (name == TYPE_NAMES[type]) return type;
+        fail("no such type: " + name);
+    }
+    std::vector<Array> arrays() {
+        std::vector<Array> out;
+        for (int64_t count = number<int64_t>(); count > 0; count--) {
+            int kind = type();
+            int64_t slack = number<int64_t>(), size = number<int64_t>();
+            out.push_back({kind, Guarded((size_t)size, (size_t)slack)});
+            bytes(out.back().memory.data(), (size_t)size);
+        }
+        return out;
+    }
+
+  private:
+    std::FILE* file_;
+};
+
+std::vector<Case> read_cases(const char* path) {
+    Reader reader(path);
+    if (reader.word(8) != "PUNACASE") fail("not a file of cases");
+    std::vector<Case> out;
+    while (!reader.ended()) {
+        Case test;
+        test.op = reader.word(16);
+        test.numbers.resize((size_t)reader.number<int64_t>());
+        for (int64_t& number : test.numbers) number = reader.number<int64_t>();
+        test.tolerance = reader.number<double>();
+        test.tolerance_bf16 = reader.number<double>();
+        test.inputs = reader.arrays();
+        test.wanted = reader.arrays();
+        out.push_back(std::move(test));
+    }
+    return out;
+}
+
+// ---- the ops ----
+
+// A packed matrix as panels.
+Guarded regrouped(const Kernels& k, Weights packed, int64_t out, int64_t in) {
+    Guarded panels((size_t)((out + PANEL_ROWS - 1) / PANEL_ROWS * panel_bytes(packed.type, in)), 0);
+    Regrouping matrix = {packed, out, in, panels.data(), 0};
+    k.regroup(&matrix, 1, false);
+    return panels;
+}
+
+// What must be the same bits as `linear` gave in `y`: from panels, as one of two products, and the first row alone.
+// Returns what is not.
+std::string other_ways(const Kernels& k, const Case& c, const float* y) {
+    int64_t rows = c.numbers[0], in = c.numbers[1], out = c.numbers[2];
+    Weights packed = c.inputs[1].weights(), bias = c.inputs[2].weights();
+    Guarded panels = regrouped(k, packed, out, in);
+    size_t row = (size_t)out * 4;
+    Guarded first((size_t)rows * row, 0), second((size_t)rows * row, 0);
+    Product products[2] = {{{panels.data(), packed.type | PANELS}, out, bias, (float*)first.data()},
+                           {packed, out, bias, (float*)second.data()}};
+    k.linear(c.inputs[0].floats(), rows, in, products, 2);
+    if (std::memcmp(y, first.data(), first.bytes()) != 0) return "panels give other bits";
+    if (std::memcmp(y, second.data(), second.bytes()) != 0) return "two products at once give other bits";
+    k.linear(c.inputs[0].floats(), 1, in, products, 1);
+    return std::memcmp(y, first.data(), row) ? "the first row alone gives other bits" : "";
+}
+
+// Calls the op of a case; `got` has the places of its results, as many and as large as the wanted ones. Returns what
+// differs between several ways to the same result.
+std::string call(const Kernels& k, const Case& c, const std::vector<Guarded>& got) {
+    const std::vector<int64_t>& n = c.numbers;
+    const std::vector<Array>& in = c.inputs;
+    float* out = (float*)got[0].data();
+    if (c.op == "embedding") {
+        Weights table = in[0].weights();
+        k.embedding(table, n[0], in[1].ints(), n[1], out);
+        if (table.type > BF16) {
+            Guarded panels = regrouped(k, table, n[2], n[0]), again(got[0].bytes(), 0);
+            k.embedding({panels.data(), table.type | PANELS}, n[0], in[1].ints(), n[1], (float*)again.data());
+            if (std::memcmp(out, again.data(), again.bytes()) != 0) return "panels give other bits";
+        }
+    } else if (c.op == "rms_norm") {
+        k.rms_norm(in[0].floats(), in[1].weights(), n[0], n[1], *in[2].floats(), out);
+    } else if (c.op == "linear") {
+        Product product = {in[1].weights(), n[2], in[2].weights(), out};
+        k.linear(in[0].floats(), n[0], n[1], &product, 1);
+        if (product.w.type > BF16) return other_ways(k, c, out);
+    } else if (c.op == "rope") {
+        k.rope(in[0].floats(), in[1].floats(), in[2].floats(), n[0], n[1], n[2], n[3] != 0, out);
+    } else if (c.op == "write_kv") {
+        for (size_t i = 0; i < 2; i++) std::memcpy(got[i].data(), in[i].memory.data(), got[i].bytes());
+        Weights keys = {got[0].data(), in[0].type}, values = {got[1].data(), in[1].type};
+        k.write_kv(keys, values, in[2].floats(), in[3].floats(), in[4].ints(), n[0], n[1], n[2], n[3], n[4]);
+    } else if (c.op == "attention") {
+        k.attention(in[0].floats(), in[1].weights(), in[2].weights(), in[3].ints(), n[0], n[1], n[2], n[3], n[4], n[5], n[6] != 0,
+                    out);
+    } else if (c.op == "swiglu") {
+        k.swiglu(in[0].floats(), in[1].floats(), n[0], out);
+    } else if (c.op == "argmax") {
+        k.argmax(in[0].floats(), n[0], n[1], (int32_t*)out);
+    } else if (c.op == "top_k") {
+        k.top_k(in[0].floats(), n[0], n[1], n[2], (int32_t*)out, (float*)got[1].data());
+    } else if (c.op == "encode") {
+        if (!k.encode(c.wanted[0].type, in[0].floats(), n[0], (uint8_t*)out)) return "a scale does not fit";
+    } else {
+        fail("no such op: " + c.op);
+    }
+    return "";
+}
+
+// What is wrong with a result; empty where nothing is.
+std::string mismatch(const Array& wanted, const Guarded& got, double tolerance) {
+    if (std::memcmp(wanted.memory.data(), got.data(), got.bytes()) == 0) return "";
+    if (wanted.type != F32) return "other bits";
+    const float *want = wanted.floats(), *have = (const float*)got.data();
+    int64_t count = (int64_t)got.bytes() / 4;
+    double scale = 1e-30;
+    for (int64_t i = 0; i < count; i++)
+        if (std::isfinite(want[i])) scale = std::fmax(scale, std::fabs(want[i]));
+    for (int64_t i = 0; i < count; i++) {
+        bool same = std::isnan(want[i]) ? std::isnan(have[i]) : want[i] == have[i];
+        double error = same ? 0 : std::fabs((double)have[i] - want[i]) / scale;
+        if (!(error <= tolerance))
+            return "[" + std::to_string(i) + "] is " + std::to_string(have[i]) + ", not " + std::to_string(want[i]);
+    }
+    return "";
+}
+
+// The case at work, for whoever asks why the process died.
+char at_work[256];
+
+void died(int) {
+    (void)!write(2, at_work, strnlen(at_work, sizeof at_work));
+    _exit(1);
+}
+
+// Runs a case on a thread of its own; what went wrong, or nothing.
+std::string run(const Table& table, const Case& test) {
+    std::snprintf(at_work, sizeof at_work, "driver: died at %s: %s\n", table.reason, test.label().c_str());
+    std::vector<Guarded> got;
+    for (const Array& wanted : test.wanted) {
+        got.emplace_back(wanted.memory.bytes(), 0);
+        std::memset(got.back().data(), 0xff, got.back().bytes());  // NaN: what is not written is seen
+    }
+    std::string differs;
+    std::thread([&] { differs = call(*table.kernels, test, got); }).join();
+    double tolerance = std::strstr(table.reason, "BF16") ? test.tolerance_bf16 : test.tolerance;
+    for (size_t i = 0; i < got.size(); i++)
+        if (std::string what = mismatch(test.wanted[i], got[i], tolerance); !what.empty()) return what;
+    return differs;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    if (count != 2 && count != 3) fail("usage: driver CASES [THREADS]");
+#ifndef __SANITIZE_ADDRESS__  // which reports it with the line
+    for (int signal : {SIGSEGV, SIGBUS, SIGILL}) std::signal(signal, died);
+#endif
+    puna_set_threads(count == 3 ? std::atoi(arguments[2]) : 2);
+    std::vector<Case> cases = read_cases(arguments[1]);
+    bool clean = !cases.empty();
+    for (const Table& table : puna_tables()) {
+        if (!table.runs) {
+            std::printf("%s (%s): not on this machine\n", table.name, table.reason);
+            continue;
+        }
+        int64_t failed = 0;
+        for (const Case& test : cases)
+            if (std::string what = run(table, test); !what.empty()) {
+                std::printf("%s: %s: %s\n", table.name, test.label().c_str(), what.c_str());
+                failed++;
+            }
+        std::printf("%s (%s): %zu cases, %lld failed\n", table.name, table.reason, cases.size(), (long long)failed);
+        std::fflush(stdout);
+        clean = clean && failed == 0;
+    }
+    return clean ? 0 : 1;
+}
