@@ -21,8 +21,21 @@ or the caller asked for an end."""
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 """What `--dtype` takes: the weights as stored, or converted on load."""
 
+TYPES = (
+    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",
+    "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
+)  # fmt: skip
+"""The types that a model can be written in, as GGUF's users call them, largest first."""
+
+QUANTS = TYPES[3:]
+"""The packed ones, which `--quant` takes."""
+
 KERNELS = ("auto", "reference", "scalar", "avx2", "avx512", "neon")
 """What `--kernels` takes: the fastest available, the NumPy reference, or one instruction set of the C++."""
+
+
+KV_TYPES = ("auto", "fp32", "bf16", "fp16", "q8_0")
+"""What `--kv-type` takes: how the cache keeps keys and values. auto is fp32 where all matrices are, else fp16."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,7 @@ class Answer:
     timings: Timings
     model: str
     kernels: str
+    kv_type: str
     notes: tuple[str, ...] = field(default=())
 
 

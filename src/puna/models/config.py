@@ -10,7 +10,6 @@ the scaled rope, often the vocabulary); those facts come from the generation pag
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +18,12 @@ from puna.errors import ConfigError
 from puna.models import llama1, llama2, llama3
 from puna.models.rope import Llama3Scaling, Rope
 
-_ANOTHER = "This model cannot run here; `puna models` lists those that can."
+ANOTHER = "This model cannot run here; `puna models` lists those that can."
 
 _DAMAGED = "The file may be damaged: fetch it again."
+
+_SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""float32's smallest and largest magnitudes; the arithmetic knows no others."""
 
 LARGEST_SIZE = 1 << 20
 """No released Llama has a dimension near this; a larger number in a file is damage or an attack."""
@@ -95,15 +97,16 @@ class Fields:
         return value
 
     def number(self, key: str, default: float | None = None, *, positive: bool = True) -> float:
-        """A finite number, above zero unless told otherwise."""
+        """A number that float32 has, which computes; above zero unless told otherwise."""
         if not self.has(key):
             if default is None:
                 raise self.fault(key, "is missing")
             return default
         value = self.data[key]
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-        if not fits or not math.isfinite(value) or (positive and value <= 0):
-            raise self.fault(key, f"must be a {'positive ' if positive else ''}number, not {value!r:.80}")
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        if not fits or not (value == 0 or _SMALLEST <= abs(value) <= _LARGEST) or (positive and value <= 0):
+            sign = "positive " if positive else ""
+            raise self.fault(key, f"must be a {sign}number of float32's range, not {value!r:.80}")
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:
@@ -120,9 +123,9 @@ class Fields:
         if not self.has(key):
             return default
         value = self.data[key]
-        if isinstance(value, list | dict) or value not in allowed:
+        if not isinstance(value, str | int | float) or value not in allowed:  # not a list, nor a GGUF's array
             names = ", ".join(repr(a) for a in allowed)
-            raise self.fault(key, f"is {value!r:.80}, which Puna does not implement; it knows {names}", remedy=_ANOTHER)
+            raise self.fault(key, f"is {value!r:.80}, which Puna does not implement; it knows {names}", remedy=ANOTHER)
         return value
 
     def child(self, key: str) -> Fields:
@@ -157,11 +160,11 @@ def read_hub(data: Mapping[str, Any], source: str = "config.json") -> ReadConfig
         raise f.fault(
             "architectures",
             f"is {data['architectures']!r:.80}; Puna runs LlamaForCausalLM from this file",
-            remedy=_ANOTHER,
+            remedy=ANOTHER,
         )
     if f.has("quantization_config"):
         raise f.fault(
-            "quantization_config", "asks for packed weights, which Puna does not read from safetensors", remedy=_ANOTHER
+            "quantization_config", "asks for packed weights, which Puna does not read from safetensors", remedy=ANOTHER
         )
     f.choice("hidden_act", ("silu",), "silu")
     dim, heads = f.integer("hidden_size"), f.integer("num_attention_heads")
@@ -173,7 +176,7 @@ def read_hub(data: Mapping[str, Any], source: str = "config.json") -> ReadConfig
     rope = _read_hub_rope(f, head_dim)
     vocab, layers = f.integer("vocab_size", most=1 << 24), f.integer("num_hidden_layers", most=4096)
     config = DecoderConfig(
-        generation=_generation(vocab, layers, context, rope),
+        generation=generation_of(vocab, layers, context, rope),
         vocab_size=vocab,
         dim=dim,
         layers=layers,
@@ -188,7 +191,7 @@ def read_hub(data: Mapping[str, Any], source: str = "config.json") -> ReadConfig
         attention_bias=f.boolean("attention_bias", False),
         mlp_bias=f.boolean("mlp_bias", False),
     )
-    _check(config, source)
+    check(config, source)
     bos = f.integer("bos_token_id", least=0, most=1 << 24) if f.has("bos_token_id") else None
     eos = data.get("eos_token_id")
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
@@ -248,7 +251,15 @@ def _read_hub_rope(f: Fields, head_dim: int) -> Rope:
 
 
 def write_hub(config: DecoderConfig, *, dtype: str, bos_id: int | None, eos_ids: Collection[int]) -> dict[str, Any]:
-    """The hub's `config.json` for this config, in the spelling that every transformers since 4.43 reads."""
+    """The hub's `config.json` for this config, in the spelling that every transformers since 4.43 reads.
+
+    Raises ConfigError for what it cannot express (rope factors of a model's own).
+    """
+    if config.rope.factors is not None:
+        raise ConfigError(
+            "config.json has no word for this model's rope: each frequency is stretched by a factor of its own.",
+            remedy="Keep it as GGUF.",
+        )
     scaling: dict[str, Any] | None = None
     if config.rope.llama3 is not None:
         s = config.rope.llama3
@@ -312,7 +323,7 @@ def read_meta(data: Mapping[str, Any], source: str = "params.json", *, vocab_siz
     context = _meta_context(f, vocab, rope, llama2.CONTEXT if second else llama1.CONTEXT)
     layers = f.integer("n_layers", most=4096)
     config = DecoderConfig(
-        generation=_generation(vocab, layers, context, rope),
+        generation=generation_of(vocab, layers, context, rope),
         vocab_size=vocab,
         dim=dim,
         layers=layers,
@@ -326,11 +337,11 @@ def read_meta(data: Mapping[str, Any], source: str = "params.json", *, vocab_siz
         tied_head=f.boolean("tied_embeddings", False),
         interleaved_rope=True,
     )
-    _check(config, source)
+    check(config, source)
     f.ignore("max_batch_size", "model_parallel_size", "lora_args", "quantization_args")
     for key in ("lora_args", "quantization_args", "moe_args", "vision_args", "vision_chunk_size"):
         if f.has(key):
-            raise f.fault(key, "asks for something Puna does not implement", remedy=_ANOTHER)
+            raise f.fault(key, "asks for something Puna does not implement", remedy=ANOTHER)
     return ReadConfig(config, f.unread())
 
 
@@ -362,6 +373,8 @@ def write_meta(config: DecoderConfig) -> dict[str, Any]:
         raise ConfigError("Meta's layout has no biases, and this model has some.", remedy="Convert to safetensors.")
     if config.rope.linear_factor != 1.0:
         raise ConfigError("Meta's layout has no linear rope scaling.", remedy="Convert to safetensors.")
+    if config.rope.factors is not None:
+        raise ConfigError("Meta's layout has no rope factors of a model's own.", remedy="Keep it as GGUF.")
     params: dict[str, Any] = {
         "dim": config.dim, "n_layers": config.layers, "n_heads": config.heads, "vocab_size": config.vocab_size,
         "norm_eps": config.norm_eps, "multiple_of": config.hidden_dim,
@@ -391,8 +404,10 @@ def write_meta(config: DecoderConfig) -> dict[str, Any]:
     return params
 
 
-def _generation(vocab: int, layers: int, context: int, rope: Rope) -> str:
+def generation_of(vocab: int, layers: int, context: int, rope: Rope) -> str:
     """Which page the numbers belong to. Llama 3.3 has 3.1's numbers and 3.1's chat format, so it is called 3.1 here."""
+    if rope.factors is not None:
+        return "llama3.1"
     if rope.llama3 is not None:
         return "llama3.2" if rope.llama3.factor == llama3.SCALING_3_2.factor else "llama3.1"
     if vocab >= llama3.VOCAB_SIZE:
@@ -403,7 +418,7 @@ def _generation(vocab: int, layers: int, context: int, rope: Rope) -> str:
     return "llama2" if context > llama1.CONTEXT else "llama1"
 
 
-def _check(config: DecoderConfig, source: str) -> None:
+def check(config: DecoderConfig, source: str) -> None:
     """What no single key can show wrong."""
     if config.heads % config.kv_heads:
         raise ConfigError(

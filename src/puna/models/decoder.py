@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from puna.kernels import ops
+from puna.kernels.layouts import is_packed
 from puna.models.config import DecoderConfig
 from puna.models.tree import DecoderWeights, KVCache, Layer, Linear
 
@@ -60,7 +61,8 @@ def attention(
         out = ops.attention(q, k, v, None)
     else:
         ops.write_kv(*kv, k, v, positions)
-        out = ops.attention(q, *kv, positions)
+        # Beside packed weights, whose products round to 8 bits, attention may round to bfloat16.
+        out = ops.attention(q, *kv, positions, bf16=is_packed(layer.q.weight))
     return linear(out.reshape(*BT, config.heads * config.head_dim), layer.o)
 
 

@@ -1,4 +1,4 @@
-"""The frequencies of rotary position embedding, with the two ways in which Llamas stretch them.
+"""The frequencies of rotary position embedding, with the ways in which Llamas stretch them.
 
 What it is: a small frozen record and the table it settles when a model is built.
 What it is not: the rotation itself (`ops.rope`).
@@ -31,12 +31,17 @@ class Llama3Scaling:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding of `head_dim` dimensions with base `theta`, stretched linearly or by Llama 3.1's rule."""
+    """Rotary embedding of `head_dim` dimensions with base `theta`, stretched linearly or by Llama 3.1's rule.
+
+    `factors` (D/2 of them) stretch each frequency by a number of its own: how a GGUF spells a rule that is not one of
+    the family's.
+    """
 
     head_dim: int
     theta: float
     linear_factor: float = 1.0
     llama3: Llama3Scaling | None = None
+    factors: tuple[float, ...] | None = None
 
     def inv_freq(self) -> F32:
         """theta^(-2i/D) for i < D/2, stretched: float32 [D/2].
@@ -54,4 +59,6 @@ class Rope:
             ramp = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
             kept = np.clip(ramp, 0, 1)
             freq = (1 - kept) * freq / s.factor + kept * freq
+        if self.factors is not None:
+            freq = freq / np.array(self.factors, np.float32)
         return freq.astype(np.float32, copy=False)

@@ -51,7 +51,8 @@ Segments = Callable[[Sequence[Message], bool, datetime], list[str]]
 class ChatFormat:
     """How a model wants its conversations.
 
-    `name` says where the format came from; `special` are the special tokens it cannot do without.
+    `name` says where the format came from; `special` are the special tokens it cannot do without; `template` is its
+    Jinja source, for files that bring it to other programs, or None where Jinja cannot say it.
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class ChatFormat:
         segments: Segments,
         *,
         special: Sequence[str] = (),
+        template: str | None = None,
         now: Callable[[], datetime] = datetime.now,
     ) -> None:
         self.name = name
+        self.template = template
         self.special = tuple(special)
         self._segments = segments
         self._now = now
@@ -101,7 +104,7 @@ class ChatFormat:
             }
             return [template().render(variables, input_chars=sum(len(m.content) for m in messages), now=date)]
 
-        return cls(f"chat template of {origin}", segments, now=now)
+        return cls(f"chat template of {origin}", segments, template=source, now=now)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The conversation as text, ending with the assistant's header where add_generation_prompt.
@@ -211,7 +214,7 @@ def chat_format(
 
     return ChatFormat.from_template(
         tokenizer.chat_template,
-        origin=str(tokenizer.source.parent),
+        origin=str(tokenizer.template_place),
         bos_token=name(tokenizer.bos_id),
         eos_token=name(tokenizer.eos_id),
         now=now,
@@ -234,7 +237,9 @@ def builtin_format(generation: str, *, instruct: bool) -> ChatFormat:
             remedy=f"Built in: {', '.join(_BUILTIN)}. Other models need the chat_template they came with.",
         )
     segments, special = _BUILTIN[generation]
-    return ChatFormat(f"built-in chat format of {generation}", segments, special=special)
+    return ChatFormat(
+        f"built-in chat format of {generation}", segments, special=special, template=_TEMPLATES.get(generation)
+    )
 
 
 def _check_turns(messages: Sequence[Message], add_generation_prompt: bool, tags: Sequence[str]) -> None:
@@ -321,3 +326,25 @@ _BUILTIN: dict[str, tuple[Segments, tuple[str, ...]]] = {
     "llama3.2": (_llama3, _LLAMA3_NEEDS),
     "llama3.3": (_llama3, _LLAMA3_NEEDS),
 }
+
+_LLAMA2_JINJA = (
+    "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}"
+    "{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}"
+    "{% else %}{% set turns = messages %}{% set system = '' %}{% endif %}"
+    "{% for message in turns %}{% if message['role'] == 'user' %}"
+    "{{ '<s>[INST] ' + ((system if loop.first else '') + message['content']) | trim + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] | trim + ' </s>' }}{% endif %}{% endfor %}"
+)
+
+_LLAMA3_JINJA = (
+    "{{ '<|begin_of_text|>' }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+
+_TEMPLATES = {
+    "llama2": _LLAMA2_JINJA,
+    "codellama": _LLAMA2_JINJA,
+    **dict.fromkeys(("llama3", "llama3.1", "llama3.2", "llama3.3"), _LLAMA3_JINJA),
+}
+# Not Code Llama 70B's: it tokenizes the parts of a message apart, which a template cannot say.

@@ -55,6 +55,7 @@ class Tokenizer(ABC):
         adds_bos: whether the model expects a text to begin with bos: what its files say, else whether there is one.
         stop_ids: every id that ends an answer: eos, the generation's end-of-turn tokens, and generation_config.json's.
         chat_template: the Jinja source that came with the tokenizer, or None.
+        template_place: the file or folder that source came from, for messages.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Tokenizer(ABC):
         self.eos_id = self._named(beside.eos_token, _EOS_NAMES, "eos_token")
         self.adds_bos = self.bos_id is not None and beside.adds_bos is not False
         self.chat_template = beside.chat_template
+        self.template_place = beside.template_place or source.parent
         stops = {special[name] for name in _STOP_NAMES if name in special}
         stops.update(() if self.eos_id is None else (self.eos_id,))
         for i in beside.eos_ids:
@@ -244,13 +246,13 @@ def load_tokenizer(path: Path, *, generation: str | None = None) -> Tokenizer:
         path = file
     data = read_limited(path, MAX_FILE_BYTES)
     if data.lstrip()[:1] == b"{":
-        from puna.text.tokenizer_json import JsonTokenizer
+        from puna.text.tokenizer_json import read_tokenizer_json
 
-        return JsonTokenizer(path, data, read_beside(path.parent))
+        return read_tokenizer_json(path, data, read_beside(path.parent))
     if re.match(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n", data[:4096]):
-        from puna.text.tokenizer_tiktoken import TiktokenTokenizer
+        from puna.text.tokenizer_tiktoken import read_tiktoken
 
-        return TiktokenTokenizer(path, data, read_beside(path.parent), generation)
+        return read_tiktoken(path, data, read_beside(path.parent), generation)
     # A serialized ModelProto starts with field 1 (a piece) holding field 1 (its text): 0A, length, 0A.
     if data[:1] == b"\n" and data[2:3] == b"\n":
         from puna.text.tokenizer_sentencepiece import SentencePieceTokenizer

@@ -36,6 +36,7 @@ class Beside:
     eos_token: str | Unsaid | None = field(default_factory=Unsaid)
     adds_bos: bool | None = None
     chat_template: str | None = None
+    template_place: Path | None = None  # a file that holds the template itself; else it lies in the folder
     eos_ids: tuple[int, ...] = ()
     added: Mapping[int, str] = field(default_factory=dict)
 

@@ -21,25 +21,30 @@ from puna.text.tokenizer_files import REMEDY_FETCH, Beside
 from puna.text.tokenizer_sentencepiece import piece_bytes
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-ins for bytes: printable Latin-1 for itself, the others from U+0100 on, in order."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [b for b in range(256) if b not in shown]
     return {chr(b): b for b in shown} | {chr(0x100 + n): b for n, b in enumerate(hidden)}
 
 
-class JsonTokenizer(Tokenizer):
-    """Hugging Face `tokenizer.json`, by the tokenizers library."""
+def read_tokenizer_json(path: Path, data: bytes, beside: Beside) -> JsonTokenizer:
+    """The tokenizer in the bytes of a `tokenizer.json`. Raises TokenizerError for a damaged one."""
+    engine = _load(path, data)
+    tags = {t.content for t in engine.get_added_tokens_decoder().values() if not t.special}
+    tags = {content for content in tags if looks_special(content)}
+    if tags:
+        file = json.loads(data)
+        for entry in file["added_tokens"]:
+            entry["special"] = entry["special"] or entry["content"] in tags
+        engine = _load(path, json.dumps(file).encode())
+    return JsonTokenizer(path, engine, beside)
 
-    def __init__(self, path: Path, data: bytes, beside: Beside) -> None:
-        engine = _load(path, data)
-        tags = {t.content for t in engine.get_added_tokens_decoder().values() if not t.special}
-        tags = {content for content in tags if looks_special(content)}
-        if tags:
-            file = json.loads(data)
-            for entry in file["added_tokens"]:
-                entry["special"] = entry["special"] or entry["content"] in tags
-            engine = _load(path, json.dumps(file).encode())
+
+class JsonTokenizer(Tokenizer):
+    """An engine of the tokenizers library, as `tokenizer.json` describes one."""
+
+    def __init__(self, path: Path, engine: Any, beside: Beside, kind: str = "tokenizer.json") -> None:
         engine.no_truncation()
         engine.no_padding()
         added = engine.get_added_tokens_decoder()
@@ -51,7 +56,7 @@ class JsonTokenizer(Tokenizer):
         self._lock = threading.Lock()
         self._to_bytes, strips_space, byte_level = _decoder_rule(path, engine)
         super().__init__(
-            kind="tokenizer.json",
+            kind=kind,
             source=path,
             vocab_size=max([size, *(i + 1 for i in added)]),
             special=special,
@@ -63,7 +68,7 @@ class JsonTokenizer(Tokenizer):
             self.adds_bos = engine.encode("").ids[:1] == [self.bos_id]
         self._missing_bytes: frozenset[int] = frozenset()
         if byte_level:
-            alphabet = _byte_level_alphabet().items()
+            alphabet = byte_level_alphabet().items()
             self._missing_bytes = frozenset(b for c, b in alphabet if engine.token_to_id(c) is None)
         first = engine.token_to_id("<0x00>")
         if strips_space and first is not None:
@@ -71,7 +76,7 @@ class JsonTokenizer(Tokenizer):
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
         # Whether special tokens are found in a text is a state of the engine, hence the lock.
-        with _faults_of(f"{self.source} cannot encode this text"), self._lock:
+        with faults_of(f"{self.source} cannot encode this text"), self._lock:
             self._engine.encode_special_tokens = not special
             ids: list[int] = self._engine.encode(text, add_special_tokens=False).ids
         if self._missing_bytes and (lost := self._missing_bytes.intersection(text.encode())):
@@ -105,12 +110,12 @@ class JsonTokenizer(Tokenizer):
 def _load(path: Path, data: bytes) -> Any:
     from tokenizers import Tokenizer as Engine
 
-    with _faults_of(f"{path} is a damaged tokenizer.json"):
+    with faults_of(f"{path} is a damaged tokenizer.json"):
         return Engine.from_buffer(data)
 
 
 @contextmanager
-def _faults_of(what: str) -> Iterator[None]:
+def faults_of(what: str) -> Iterator[None]:
     """What the library raises, as a TokenizerError that says `what`."""
     try:
         yield
@@ -128,7 +133,7 @@ def _decoder_rule(path: Path, engine: Any) -> tuple[Callable[[str], bytes], bool
     steps: list[dict[str, Any]] = state["decoders"] if state["type"] == "Sequence" else [state]
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
-        alphabet = _byte_level_alphabet()
+        alphabet = byte_level_alphabet()
 
         def from_alphabet(piece: str) -> bytes:
             try:

@@ -52,11 +52,11 @@ _LLAMA4_SPECIAL = [
 ]
 
 # Source: meta-llama/llama3 and meta-llama/llama-models, tokenizer.py (pat_str, O200K_PATTERN).
-_LLAMA3_PATTERN = (
+LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-_LLAMA4_PATTERN = (
+LLAMA4_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -66,7 +66,7 @@ _LLAMA4_PATTERN = (
 _TIKTOKEN_FILES: dict[int, tuple[str, str, dict[str, list[str]]]] = {
     128_000: (
         "llama3.1",
-        _LLAMA3_PATTERN,
+        LLAMA3_PATTERN,
         {
             "llama3": _LLAMA3_SPECIAL,
             "llama3.1": _LLAMA31_SPECIAL,
@@ -74,7 +74,7 @@ _TIKTOKEN_FILES: dict[int, tuple[str, str, dict[str, list[str]]]] = {
             "llama3.3": _LLAMA31_SPECIAL,
         },
     ),
-    200_000: ("llama4", _LLAMA4_PATTERN, {"llama4": _LLAMA4_SPECIAL}),
+    200_000: ("llama4", LLAMA4_PATTERN, {"llama4": _LLAMA4_SPECIAL}),
 }
 
 # tiktoken's regex engine keeps a stack entry for each character of a whitespace run that no line end follows, and
@@ -85,29 +85,36 @@ _ENDLESS_RUN = f"(?<!{_BLANK}){_BLANK}{{{_BLANK_RUN_LIMIT},}}+(?![\\r\\n])"
 _BLANK_RUN_CUT = 25_000
 
 
-class TiktokenTokenizer(Tokenizer):
-    """Meta's `tokenizer.model` of Llama 3 and 4: a line a token, base64 and rank; special tokens by generation."""
+def read_tiktoken(path: Path, data: bytes, beside: Beside, generation: str | None) -> TiktokenTokenizer:
+    """The tokenizer of Meta's `tokenizer.model`: a line a token, base64 and rank; special tokens by generation."""
+    tokens = _read_ranks(path, data)
+    count = len(tokens)
+    if count not in _TIKTOKEN_FILES:
+        raise TokenizerError(
+            f"{path} holds {count} ranks; Llama 3's file has 128000, Llama 4's 200000.",
+            remedy="The file is cut short or belongs to another family. " + REMEDY_FETCH,
+        )
+    default, pattern, by_generation = _TIKTOKEN_FILES[count]
+    names = by_generation.get(generation or default)
+    if names is None:
+        raise TokenizerError(
+            f"{path} is the tokenizer of {', '.join(by_generation)} ({count} ranks), not of {generation}.",
+            remedy="Use the tokenizer.model that came with this checkpoint.",
+        )
+    special = dict(zip(names, range(count, count + len(names)), strict=True))
+    if beside.added:
+        special = _renamed(path, special, beside.added)
+    return TiktokenTokenizer(path, tokens, pattern, special, count + len(names), beside)
 
-    def __init__(self, path: Path, data: bytes, beside: Beside, generation: str | None) -> None:
+
+class TiktokenTokenizer(Tokenizer):
+    """tiktoken's encoding of a list of tokens in the order of their ranks, with the names of special ones behind."""
+
+    def __init__(
+        self, path: Path, tokens: list[bytes], pattern: str, special: dict[str, int], vocab_size: int, beside: Beside
+    ) -> None:
         import tiktoken
 
-        tokens = _read_ranks(path, data)
-        count = len(tokens)
-        if count not in _TIKTOKEN_FILES:
-            raise TokenizerError(
-                f"{path} holds {count} ranks; Llama 3's file has 128000, Llama 4's 200000.",
-                remedy="The file is cut short or belongs to another family. " + REMEDY_FETCH,
-            )
-        default, pattern, by_generation = _TIKTOKEN_FILES[count]
-        names = by_generation.get(generation or default)
-        if names is None:
-            raise TokenizerError(
-                f"{path} is the tokenizer of {', '.join(by_generation)} ({count} ranks), not of {generation}.",
-                remedy="Use the tokenizer.model that came with this checkpoint.",
-            )
-        special = dict(zip(names, range(count, count + len(names)), strict=True))
-        if beside.added:
-            special = _renamed(path, special, beside.added)
         self._tokens = tokens
         self._encoding = tiktoken.Encoding(
             path.name, pat_str=pattern, mergeable_ranks={t: i for i, t in enumerate(tokens)}, special_tokens=special
@@ -115,7 +122,7 @@ class TiktokenTokenizer(Tokenizer):
         super().__init__(
             kind="tiktoken",
             source=path,
-            vocab_size=count + len(names),
+            vocab_size=vocab_size,
             special=special,
             beside=beside,
             strips_space=False,

@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from puna.errors import CheckpointError
+from puna.kernels.blocks import TYPES
 from puna.models import decoder
 from puna.models.config import DecoderConfig, ReadConfig, read_hub, read_meta
-from puna.weights import llama2c, meta, names, safetensors
+from puna.weights import gguf, gguf_model, llama2c, meta, names, safetensors
 from puna.weights.files import ITEM_SIZE, LazyTensor, MappedFile, listed, read_json, same_bits, shown, unreadable
 from puna.weights.torch_file import open_torch, state_tensors
 
 __all__ = ["Checkpoint", "Format", "LazyTensor", "open_checkpoint"]
 
-Format = Literal["safetensors", "meta", "llama2c", "pt"]
+Format = Literal["safetensors", "meta", "llama2c", "pt", "gguf"]
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -36,7 +37,7 @@ class Checkpoint:
 
     `ignored` names what it stores besides, all of it known not to change the arithmetic. `tokenizer` is the tokenizer's
     file if one lies where it belongs, `folder` the folder they lie in, `files` those of the weights, `notes` what the
-    user should be told.
+    user should be told. `gguf` is the open file where it is one: its metadata, its tokenizer.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Checkpoint:
     folder: Path
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
+    gguf: gguf.GGUF | None = None
 
     @property
     def config(self) -> DecoderConfig:
@@ -85,8 +87,8 @@ def _open_file(path: Path) -> Checkpoint:
         raise _adapter(path)
     file = MappedFile(path)
     start = file.bytes[:10]
-    if start[:4] == b"GGUF":
-        raise CheckpointError(f"{path}: a GGUF file, which this version of Puna does not read.", remedy=_NOT_GGUF)
+    if start[:4] == gguf.MAGIC:
+        return _open_gguf(path)
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         if meta.SHARD_NAME.fullmatch(path.name) and (path.parent / meta.PARAMS_NAME).is_file():
             return _open_meta(path, path.parent)
@@ -106,11 +108,9 @@ def _open_file(path: Path) -> Checkpoint:
 _LOOSE_NAMES = ("model.bin", "pytorch_model.bin")
 
 _FORMATS = (
-    "Puna reads Hugging Face safetensors, Meta's consolidated.*.pth with params.json, .pt files of torch.save, and "
-    "llama2.c's .bin (version 0)."
+    "Puna reads Hugging Face safetensors, GGUF, Meta's consolidated.*.pth with params.json, .pt files of torch.save, "
+    "and llama2.c's .bin (version 0)."
 )
-
-_NOT_GGUF = f"Fetch the model in another format. {_FORMATS}"
 
 # PEFT's names for what it saves.
 _ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -150,16 +150,18 @@ def _open_folder(folder: Path) -> Checkpoint:
         return _open_file(loose[0])
     if loose:
         raise CheckpointError(f"{folder}: several models: {listed(p.name for p in loose)}.", remedy="Name one of them.")
+    if ggufs := gguf_model.models_in(folder):
+        if len(ggufs) > 1:
+            raise CheckpointError(
+                f"{folder}: {len(ggufs)} GGUF models: {listed(path.name for path in ggufs)}.",
+                remedy="Name one of them.",
+            )
+        return _open_gguf(ggufs[0])
     # A .bin of llama2.c may have any name and has no magic number, so it is opened only when it is named.
     if bins := sorted(p.name for p in folder.glob("*.bin") if _is_llama2c(p)):
         raise CheckpointError(
             f"{folder}: no weights but llama2.c's: {listed(bins)}.",
             remedy=f"Name the file: {folder / shown(bins[0])}",
-        )
-    if ggufs := sorted(p.name for p in folder.glob("*.gguf")):
-        raise CheckpointError(
-            f"{folder}: no weights but GGUF ({listed(ggufs)}), which this version of Puna does not read.",
-            remedy=_NOT_GGUF,
         )
     raise CheckpointError(f"{folder}: no weights in this folder.", remedy=f"Name the folder that has them. {_FORMATS}")
 
@@ -203,6 +205,15 @@ def _with_generation_config(read_config: ReadConfig, folder: Path) -> ReadConfig
     if not all(type(i) is int and 0 <= i < 1 << 24 for i in ids):
         raise CheckpointError(f"{path}: 'eos_token_id' must be token ids.", remedy="Fetch the file again.")
     return dataclasses.replace(read_config, eos_ids=tuple(dict.fromkeys((*read_config.eos_ids, *ids))))
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    whole = gguf.read(path)
+    read_config, stored, notes = gguf_model.config_of(whole)
+    files = tuple(file.path for file in whole.files)
+    found = _matched(whole.path, "gguf", path.parent, files, read_config, stored, "gguf")
+    tokenizer = whole.path if gguf_model.has_tokenizer(whole) else found.tokenizer
+    return dataclasses.replace(found, tokenizer=tokenizer, notes=(*found.notes, *notes), gguf=whole)
 
 
 def _open_meta(path: Path, folder: Path) -> Checkpoint:
@@ -328,9 +339,9 @@ def _matched(
                 f"{path}: {foreign} has the shape {list(tensor.shape)}, and the config says {list(shapes[name])}.",
                 remedy="The config is another model's: fetch both again.",
             )
-        if tensor.dtype not in ITEM_SIZE:
+        if tensor.dtype not in ITEM_SIZE and not (tensor.dtype in TYPES and len(tensor.shape) == 2):
             raise CheckpointError(
-                f"{path}: {foreign} is stored as {tensor.dtype}; Puna reads weights in float32, bfloat16 and float16.",
+                f"{path}: {foreign} is stored as {tensor.dtype}; Puna reads it in float32, bfloat16 and float16.",
                 remedy="Save the model in one of those types.",
             )
         tensors[name] = dataclasses.replace(tensor, name=name)
@@ -341,7 +352,7 @@ def _matched(
 
 def _is_copy(head: LazyTensor, embedding: LazyTensor) -> bool:
     """Whether the head is the embedding over again, told by place, else by value; an untied head differs at once."""
-    if (head.shape, head.dtype) != (embedding.shape, embedding.dtype) or head.dtype not in ITEM_SIZE:
+    if (head.shape, head.dtype) != (embedding.shape, embedding.dtype) or not {head.dtype} & {*ITEM_SIZE, *TYPES}:
         return False
     return (head.at is not None and head.at == embedding.at) or same_bits(head.read(), embedding.read())
 

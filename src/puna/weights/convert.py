@@ -1,34 +1,34 @@
 """`convert`: one checkpoint into another layout, tensor by tensor, all of it or nothing.
 
-What it is: the walk from any format Puna reads to a folder that others read: the hub's (safetensors, config.json) or
-Meta's (consolidated.00.pth, params.json), with the tokenizer's files copied along.
-What it is not: quantization. Numbers are changed only when a type is asked for.
-What is surprising: everything is written into a hidden folder beside the destination, which takes its name at the very
-end. An interruption or a full disk removes it; a power cut leaves it, and nothing called as the destination.
+What it is: the walk from any format Puna reads to what others read: a folder as the hub has it (safetensors,
+config.json) or as Meta has it (consolidated.00.pth, params.json), with the tokenizer's files copied along; or one GGUF
+file (`convert_gguf`), with the tokenizer inside.
+What it is not: a change of numbers, unless a type is asked for.
+What is surprising: everything is written beside the destination, under a hidden name, until it is whole (`whole`).
 """
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from puna.errors import PunaError, TokenizerError, UsageError
+from puna.errors import TokenizerError, UsageError
 from puna.kernels.layouts import Weight
 from puna.models.config import write_hub, write_meta
-from puna.weights import names
+from puna.weights import convert_gguf, gguf_model, names
 from puna.weights.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, Checkpoint, open_checkpoint
 from puna.weights.files import ITEM_SIZE, LazyTensor, raw, release, wrap
-from puna.weights.load import converted, named_for_chat, notes_on
+from puna.weights.load import converted, named_for_chat, notes_on, read_words
 from puna.weights.meta import PARAMS_NAME
+from puna.weights.pack import kind_of
 from puna.weights.save import sync, write_json, write_safetensors, write_torch
+from puna.weights.whole import appearing
 
-LAYOUTS = ("safetensors", "meta")
+LAYOUTS = ("safetensors", "meta", "gguf")
 """What `--to` takes."""
 
 _TOKENIZER_FILES = (
@@ -42,13 +42,10 @@ _LICENCES = re.compile(r"(?:licen[cs]e|use_policy|notice)[\w.-]*", re.IGNORECASE
 
 _TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
-_SPARE = 1 << 26
-"""Bytes besides the tensors that the disk must have: headers, tokenizer and configs."""
-
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion made: the folder, its files, the bytes of its tensors, and what its user should be told."""
+    """What a conversion made: the folder or file, its files, the bytes of its tensors, what its user should be told."""
 
     path: Path
     layout: str
@@ -66,23 +63,37 @@ def convert(
     tokenizer: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
-    """Write the checkpoint at `src` into the new folder `dest`, in the layout `to` (one of LAYOUTS).
+    """Write the checkpoint at `src` as the new folder `dest`, or GGUF file, in the layout `to` (one of LAYOUTS).
 
-    `dtype` auto keeps every tensor's type; `progress(done, total)` gets bytes. Two conversions there and back give the
-    same bits, q and k rows reordered each time.
-    Raises UsageError when `dest` exists with something in it, CheckpointError or ConfigError for a source that is
+    `dtype` auto keeps every tensor's type; others are `fp32`, `bf16`, `fp16`, and for GGUF the names of `mixes.MIXES`.
+    `progress(done, total)` gets bytes. Two conversions there and back give the same bits, q and k rows reordered each
+    time. Raises UsageError when `dest` exists with something in it, CheckpointError or ConfigError for a source that is
     damaged or that the layout cannot express, PunaError when writing fails; then nothing is left at `dest`,
     nor are the folders above it that were made for it.
     """
     if to not in LAYOUTS:
         raise UsageError(f"--to {to}: no such layout.", remedy=f"One of: {', '.join(LAYOUTS)}.")
-    if dtype != "auto" and dtype not in ITEM_SIZE:
+    if to != "gguf" and dtype != "auto" and dtype not in ITEM_SIZE:
         raise UsageError(f"--dtype {dtype}: no such type.", remedy=f"One of: auto, {', '.join(ITEM_SIZE)}.")
+    thing = "file" if to == "gguf" else "folder"
     if dest.name in ("", ".."):
-        raise UsageError(f"{dest}: not the name of a new folder.", remedy="Name one that is not there yet.")
-    if dest.is_symlink() or (dest.exists() and (not dest.is_dir() or any(dest.iterdir()))):
-        raise UsageError(f"{dest}: already exists, and is not empty.", remedy="Name a new folder.")
+        raise UsageError(f"{dest}: not the name of a new {thing}.", remedy="Name one that is not there yet.")
+    free = dest.is_dir() and to != "gguf" and not any(dest.iterdir())
+    if dest.is_symlink() or (dest.exists() and not free):
+        raise UsageError(
+            f"{dest}: already exists{', and is not empty' * (to != 'gguf')}.", remedy=f"Name a new {thing}."
+        )
     checkpoint = open_checkpoint(src)
+    if to == "gguf":
+        said: list[str] = []
+        kind = kind_of(dtype)
+        nbytes = convert_gguf.write(checkpoint, dest, mix=kind, tokenizer=tokenizer, notes=said, progress=progress)
+        return Conversion(dest, to, (dest.name,), nbytes, (*notes_on(checkpoint, "auto"), *said))
+    if dtype == "auto" and (kinds := {t.dtype for t in checkpoint.tensors.values()} - ITEM_SIZE.keys()):
+        raise UsageError(
+            f"{src}: its weights are packed ({', '.join(sorted(kinds))}), and the layout {to} holds plain numbers.",
+            remedy="Say with --type what to unpack them to: BF16, F16 or F32. Or convert to gguf.",
+        )
     notes = notes_on(checkpoint, dtype)
     outgoing = [_outgoing(checkpoint, tensor, to, dtype) for tensor in checkpoint.tensors.values()]
     config = _config(checkpoint, outgoing, to, tokenizer)
@@ -100,16 +111,7 @@ def convert(
         if progress is not None:
             progress(done, total)
 
-    absent = [parent for parent in dest.parents if not parent.exists()]  # deepest first
-    unfinished = dest.parent / f".{dest.name}.unfinished-{secrets.token_hex(4)}"
-    try:
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        needed, free = total + _SPARE, shutil.disk_usage(dest.parent).free
-        if free < needed:
-            raise PunaError(
-                f"{dest}: the conversion takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there.",
-                remedy="Make room, or name a folder on another disk with -o.",
-            )
+    with appearing(dest, total) as unfinished:
         unfinished.mkdir()
         if to == "safetensors":
             files = write_safetensors(unfinished, outgoing, report)
@@ -124,31 +126,8 @@ def convert(
                 sync(b)
         # The config is written last: a folder without one is no model to any program.
         write_json(unfinished / (CONFIG_NAME if to == "safetensors" else PARAMS_NAME), config)
-        _sync_folder(unfinished)
-        if dest.exists():
-            dest.rmdir()
-        unfinished.rename(dest)
-        _sync_folder(dest.parent)
-    except OSError as error:
-        raise PunaError(
-            f"{dest}: could not be written ({error.strerror or error}).", remedy="Nothing was left there. Try again."
-        ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        _remove_empty(absent)
     every = (*files, *(name for _, name in companions), CONFIG_NAME if to == "safetensors" else PARAMS_NAME)
     return Conversion(dest, to, every, total, tuple(notes))
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    """Remove those of nested folders, deepest first, that are empty: what a conversion made and then had no use for."""
-    for folder in folders:
-        try:
-            folder.rmdir()
-        except FileNotFoundError:
-            continue  # the conversion failed before it was made
-        except OSError:
-            return  # the finished conversion, or what another program put there meanwhile, lies in it
 
 
 def _outgoing(checkpoint: Checkpoint, tensor: LazyTensor, to: str, dtype: str) -> LazyTensor:
@@ -174,9 +153,7 @@ def _config(checkpoint: Checkpoint, outgoing: list[LazyTensor], to: str, tokeniz
     bos, eos = checkpoint.read_config.bos_id, checkpoint.read_config.eos_ids
     file = tokenizer or checkpoint.tokenizer
     if bos is None and not eos and file is not None:
-        from puna.text.tokenizer import load_tokenizer
-
-        words = load_tokenizer(file, generation=checkpoint.config.generation)
+        words = read_words(checkpoint, file)
         bos, eos = words.bos_id, tuple(sorted(words.stop_ids))
     return write_hub(checkpoint.config, dtype=_TORCH_DTYPES[outgoing[0].dtype], bos_id=bos, eos_ids=eos)
 
@@ -191,6 +168,8 @@ def _companions(checkpoint: Checkpoint, to: str, tokenizer: Path | None, notes: 
     found: dict[str, Path] = {}
     if file is None:
         notes.append("there was no tokenizer to copy")
+    elif gguf_model.recognised(file):
+        notes.append(f"the tokenizer lies in {file.name} and is not copied: --tokenizer {file} runs the result with it")
     else:
         found[file.name] = file
         beside = ((name, file.parent / name) for name in _TOKENIZER_FILES)
@@ -206,12 +185,3 @@ def _companions(checkpoint: Checkpoint, to: str, tokenizer: Path | None, notes: 
     if checkpoint.path.is_dir() or checkpoint.format in ("safetensors", "meta"):
         found |= {p.name: p for p in checkpoint.folder.iterdir() if _LICENCES.fullmatch(p.name) and p.is_file()}
     return [(path, name) for name, path in found.items()]
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

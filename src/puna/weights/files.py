@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from puna.errors import CheckpointError
-from puna.kernels.layouts import BF16, Weight
+from puna.kernels.blocks import TYPES
+from puna.kernels.layouts import BF16, Packed, Panels, Weight
 
 LARGEST_JSON = 8 << 20
 """Bytes of JSON read at most. The largest real header (1,138 tensors of the 405B) is a sixtieth of this, and parsed
@@ -37,9 +38,10 @@ _STORED: dict[str, np.dtype[Any]] = {"fp32": np.dtype("<f4"), "bf16": np.dtype("
 class LazyTensor:
     """One parameter of a checkpoint, not read yet.
 
-    `name` is canonical (a key of `decoder.shapes`), `dtype` one of `"fp32"`, `"bf16"`, `"fp16"`. `read()` gives the
-    weight as stored: a read-only view of the mapped file where the file allows it, else a copy (a tensor split over
-    shards, or one whose bytes are not contiguous or not aligned). `at` says which bytes, so that two names for one
+    `name` is canonical (a key of `decoder.shapes`), `dtype` one of `"fp32"`, `"bf16"`, `"fp16"`, or a block type of
+    `kernels.blocks.TYPES` (`"Q4_K"`: `read()` gives a `Packed`). `read()` gives the weight as stored: a read-only view
+    of the mapped file where the file allows it, else a copy (a tensor split over shards, or one whose bytes are not
+    contiguous or not aligned). `at` says which bytes, so that two names for one
     tensor are known without reading either. `check()` verifies the checksum of formats that have one.
     """
 
@@ -53,6 +55,8 @@ class LazyTensor:
     @property
     def nbytes(self) -> int:
         """Bytes it takes as stored."""
+        if self.dtype in TYPES:
+            return math.prod(self.shape[:-1]) * TYPES[self.dtype].row_bytes(self.shape[-1])
         return math.prod(self.shape) * ITEM_SIZE[self.dtype]
 
 
@@ -87,27 +91,47 @@ class MappedFile:
         A file that another program cuts short while it is mapped ends this one by SIGBUS, as with any mapped file.
         Raises CheckpointError when it does not lie inside the file.
         """
-        stored, count = _STORED[dtype], math.prod(shape)
+        array = self._view(_STORED[dtype], shape, offset)
+        return BF16(array) if dtype == "bf16" else array
+
+    def packed(self, kind: str, shape: tuple[int, ...], offset: int) -> Packed:
+        """The matrix of `shape` in blocks of the type `kind` that starts at byte `offset`: a read-only view.
+
+        Raises CheckpointError when it does not lie inside the file, ValueError when a row is no whole number of blocks.
+        """
+        row = TYPES[kind].row_bytes(shape[-1])
+        return Packed(kind, shape, self._view(np.dtype(np.uint8), (*shape[:-1], row), offset))
+
+    def _view(self, stored: np.dtype[Any], shape: tuple[int, ...], offset: int) -> np.ndarray[Any, Any]:
+        count = math.prod(shape)
         if offset < 0 or count < 0 or offset + count * stored.itemsize > self.size:
             raise CheckpointError(
                 f"{self.path}: a tensor of {count * stored.itemsize} bytes at offset {offset} reaches past the end.",
                 remedy="The file is cut short or damaged: fetch it again.",
             )
         if not count:
-            array = np.zeros(shape, stored)
-        else:
-            array = np.frombuffer(self.bytes, stored, count, offset).reshape(shape)
-        return BF16(array) if dtype == "bf16" else array
+            return np.zeros(shape, stored)
+        return np.frombuffer(self.bytes, stored, count, offset).reshape(shape)
 
 
 def raw(weight: Weight) -> np.ndarray[Any, Any]:
-    """The array behind a weight: itself, or the words of a BF16."""
-    return weight.bits if isinstance(weight, BF16) else weight
+    """The array behind a weight: itself, the words of a BF16, or the bytes of what is packed."""
+    if isinstance(weight, BF16):
+        return weight.bits
+    return weight.data if isinstance(weight, Packed | Panels) else weight
 
 
 def wrap(array: np.ndarray[Any, Any]) -> Weight:
     """The opposite of `raw`: uint16 words are a BF16."""
     return BF16(array) if array.dtype == np.uint16 else array
+
+
+def mapping(weight: Weight) -> mmap.mmap | None:
+    """The mapped file that a weight is a view of, or None."""
+    base: Any = raw(weight)
+    while isinstance(base, np.ndarray | memoryview):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    return base if isinstance(base, mmap.mmap) else None
 
 
 def release(weight: Weight) -> None:
@@ -116,11 +140,8 @@ def release(weight: Weight) -> None:
     Reading it again is correct and comes from the disk. Nothing happens where the weight is no view of a mapped file,
     or the platform has no madvise. Without this, a model that is copied on load would count twice.
     """
-    array = raw(weight)
-    base: Any = array
-    while isinstance(base, np.ndarray | memoryview):
-        base = base.base if isinstance(base, np.ndarray) else base.obj
-    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED") or not array.flags.c_contiguous:
+    array, base = raw(weight), mapping(weight)
+    if base is None or not hasattr(mmap, "MADV_DONTNEED") or not array.flags.c_contiguous:
         return
     start = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
     first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -131,7 +152,7 @@ def release(weight: Weight) -> None:
 def same_bits(one: Weight, other: Weight) -> bool:
     """Whether two weights have one type, one shape and the same bits; stops at the first block that differs."""
     a, b = raw(one), raw(other)
-    if a.dtype != b.dtype or a.shape != b.shape:
+    if getattr(one, "kind", None) != getattr(other, "kind", None) or a.dtype != b.dtype or a.shape != b.shape:
         return False
     a_words, b_words = (x.reshape(-1).view(f"<u{x.itemsize}") for x in (a, b))
     block = 1 << 16

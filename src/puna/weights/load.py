@@ -1,31 +1,47 @@
 """Loads a checkpoint into the tree the decoder computes with, its tokenizer and its chat format.
 
-What it is: `load`. As stored, the weights are views of the mapped file and cost no memory of their own.
+What it is: `load`. As stored, the weights are views of the mapped file and cost no memory of their own, but packed
+matrices are regrouped for the kernels (`ops.prepare_mapped`), and the file's pages given back as they are read. The
+tokenizer is read beside it, in a thread.
 What it is not: a choice of device. `tree_map` moves the tree.
 What is surprising: `dtype="auto"` computes with each tensor as stored, norms included; any other converts on load,
-which takes memory for the whole model and is said in `notes`. And no file of Meta's says whether a model was trained to
-chat, so for their layout the folder's name does (`Llama3.2-1B-Instruct`, `llama-2-7b-chat`).
+which takes memory for the whole model and is said in `notes`. So does `quant`, which packs the matrices one by one,
+with the types that a GGUF file of that name would have. And no file of Meta's says whether a model was trained to
+chat, so for their layout the folder's name does (`Llama3.2-1B-Instruct`, `llama-2-7b-chat`); nor do the GGUFs of 2023,
+which brought no template: theirs does.
 """
 
 from __future__ import annotations
 
 import re
+import threading
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from puna.errors import CheckpointError, TokenizerError, UsageError
-from puna.kernels.layouts import Weight, convert
+from puna.kernels import ops
+from puna.kernels.blocks import TYPES
+from puna.kernels.layouts import Packed, Weight, convert
 from puna.models import decoder, llama2
 from puna.models.config import DecoderConfig
 from puna.models.tree import DecoderWeights
+from puna.types import QUANTS
+from puna.weights import gguf_model, limits, mixes
 from puna.weights.checkpoint import Checkpoint, open_checkpoint
-from puna.weights.files import ITEM_SIZE, listed, release
+from puna.weights.files import ITEM_SIZE, listed, mapping, release, unreadable
+from puna.weights.pack import KINDS
+from puna.weights.pack import packed as pack
 
 if TYPE_CHECKING:
     from puna.text.chat import ChatFormat
     from puna.text.tokenizer import Tokenizer
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,44 +59,110 @@ class LoadedModel:
     notes: tuple[str, ...]
 
 
-def load(path: Path, *, dtype: str = "auto", tokenizer: Path | None = None) -> LoadedModel:
-    """Open, check and map a checkpoint, and load its tokenizer (`tokenizer`, else the one beside it).
+def load(
+    path: Path, *, dtype: str = "auto", quant: str | None = None, tokenizer: Path | None = None, packed: bool = True
+) -> LoadedModel:
+    """Open, check and map a checkpoint, and load its tokenizer (`tokenizer`, else the one in it or beside it).
 
-    Raises CheckpointError, ConfigError, TokenizerError, ChatFormatError, and UsageError for an unknown dtype.
+    `packed`: whether what computes reads packed matrices, and types mixed (torch does not: then they are converted).
+    Raises CheckpointError, ConfigError, TokenizerError, ChatFormatError, and UsageError for an unknown dtype or quant.
     """
-    from puna.text.tokenizer import load_tokenizer
-
     checkpoint = open_checkpoint(path)
-    weights, notes = load_weights(checkpoint, dtype)
-    file = tokenizer or checkpoint.tokenizer
-    if file is None:
-        raise TokenizerError(
-            f"{path}: there is no tokenizer beside the weights.",
-            remedy="Name one with --tokenizer (tokenizer.json, tokenizer.model, or llama2.c's tok*.bin).",
-        )
-    config = checkpoint.config
-    words = load_tokenizer(file, generation=config.generation)
-    if words.vocab_size - len(words.special) > config.vocab_size:
-        raise TokenizerError(
-            f"{file}: it has {words.vocab_size} tokens, and the model an embedding for {config.vocab_size}.",
-            remedy="It is another model's tokenizer: name the right one with --tokenizer.",
-        )
+    with Meanwhile(lambda: tokenizer_of(checkpoint, tokenizer)) as reading:
+        weights, notes = load_weights(checkpoint, dtype, quant, packed=packed)
+    config, words = checkpoint.config, reading.result()
     if words.vocab_size != config.vocab_size:
         notes = (*notes, f"the tokenizer has {words.vocab_size} tokens and the embedding {config.vocab_size} rows")
     chat = chat_format_of(checkpoint, words)
+    if chat is not None and words.chat_template is None and checkpoint.format == "gguf":
+        notes = (*notes, f"the file brings no chat template; by its name it is a chat model: the {chat.name} is used")
     if chat is None and tokenizer is not None and checkpoint.tokenizer is not None:
-        beside = load_tokenizer(checkpoint.tokenizer, generation=config.generation)
+        beside = read_words(checkpoint, checkpoint.tokenizer)
         if beside.chat_template is not None:
             notes = (*notes, f"the chat template beside the model is not used: {tokenizer} was named, and has none")
     return LoadedModel(config, weights, words, chat, checkpoint, notes)
 
 
+class Meanwhile(Generic[T]):
+    """Work in a thread of its own while the `with` block does another; leaving the block waits for it.
+
+    A fault of the block comes first; `result` raises the work's own.
+    """
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = work
+        self._done: list[T] = []
+        self._fault: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="puna-tokenizer")
+
+    def _run(self) -> None:
+        try:
+            self._done.append(self._work())
+        except BaseException as error:
+            self._fault = error
+
+    def __enter__(self) -> Meanwhile[T]:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join()
+
+    def result(self) -> T:
+        """What the work gave. Raises what it raised."""
+        if self._fault is not None:
+            raise self._fault
+        return self._done[0]
+
+
+def tokenizer_of(checkpoint: Checkpoint, named: Path | None) -> Tokenizer:
+    """The tokenizer in the file that was `named`, else the one in the checkpoint or beside it.
+
+    Raises TokenizerError where there is none, it is damaged, or it has more ordinary tokens than the embedding rows.
+    """
+    file, config = named or checkpoint.tokenizer, checkpoint.config
+    if file is None:
+        raise TokenizerError(
+            f"{checkpoint.path}: there is no tokenizer beside the weights.",
+            remedy="Name one with --tokenizer (tokenizer.json, tokenizer.model, a GGUF, or llama2.c's tok*.bin).",
+        )
+    words = read_words(checkpoint, file)
+    if words.vocab_size - len(words.special) > config.vocab_size:
+        raise TokenizerError(
+            f"{file}: it has {words.vocab_size} tokens, and the model an embedding for {config.vocab_size}.",
+            remedy="It is another model's tokenizer: name the right one with --tokenizer.",
+        )
+    return words
+
+
+def read_words(checkpoint: Checkpoint, file: Path) -> Tokenizer:
+    """The tokenizer in `file` for a checkpoint: any of the tokenizers' own files, or a GGUF.
+
+    Raises TokenizerError, and CheckpointError or ConfigError for a damaged GGUF.
+    """
+    from puna.text.tokenizer import load_tokenizer
+
+    if checkpoint.gguf is not None and file == checkpoint.gguf.path:
+        return gguf_model.tokenizer_of(checkpoint.gguf)
+    try:
+        is_gguf = file.is_file() and gguf_model.recognised(file)
+    except OSError as error:
+        raise unreadable(file, error) from error
+    if is_gguf:
+        return gguf_model.read_tokenizer(file)
+    return load_tokenizer(file, generation=checkpoint.config.generation)
+
+
 def chat_format_of(checkpoint: Checkpoint, tokenizer: Tokenizer) -> ChatFormat | None:
-    """The tokenizer's own template, else the built-in of the generation where Meta's folder says it is a chat model."""
+    """The tokenizer's own template, else the built-in of the generation where Meta's folder, or the name of a GGUF,
+    says that it is a chat model."""
     from puna.text.chat import chat_format
 
     config = checkpoint.config
-    instruct = checkpoint.format == "meta" and named_for_chat(checkpoint.folder) and config.generation != "llama1"
+    named = checkpoint.format == "meta" and named_for_chat(checkpoint.folder)
+    instruct = (
+        named or gguf_model.named_for_chat(checkpoint.gguf, config.generation)
+    ) and config.generation != "llama1"
     if tokenizer.chat_template is None and not instruct:
         return None
     # Code Llama's 70B was trained on another format than the smaller ones, and only its size tells.
@@ -95,23 +177,108 @@ def named_for_chat(folder: Path) -> bool:
     return any(re.search(r"instruct|chat", part, re.IGNORECASE) for part in parts)
 
 
-def load_weights(checkpoint: Checkpoint, dtype: str = "auto") -> tuple[DecoderWeights, tuple[str, ...]]:
-    """The tree of a checkpoint's weights, and notes: what was ignored, unknown or converted.
+MOST_OF_MEMORY = 0.6
+"""The share of the available memory that packed matrices may take to be regrouped: while that goes on, a matrix is
+there twice, and the conversation, the system and the file's pages want memory besides."""
 
-    Raises UsageError for an unknown dtype, CheckpointError for a number that does not fit it.
+
+def load_weights(
+    checkpoint: Checkpoint, dtype: str = "auto", quant: str | None = None, *, packed: bool = True
+) -> tuple[DecoderWeights, tuple[str, ...]]:
+    """The tree of a checkpoint's weights, and notes: what was ignored, unknown, converted or packed.
+
+    `quant` is one of `types.QUANTS`: matrices are packed, vectors become fp32. `packed` as in `load`. Raises UsageError
+    for an unknown dtype or quant, for both of them, or for a quant that nothing could read; CheckpointError for a
+    number that does not fit the type.
     """
     if dtype != "auto" and dtype not in ITEM_SIZE:
         raise UsageError(f"--dtype {dtype}: no such type.", remedy=f"One of: auto, {', '.join(ITEM_SIZE)}.")
+    if quant is not None:
+        if dtype != "auto":
+            raise UsageError(
+                f"--quant {quant} and --dtype {dtype} exclude each other.", remedy="Leave one of them out."
+            )
+        if not packed:
+            raise UsageError(
+                f"--quant {quant}: torch reads no packed weights.", remedy="Leave --quant or --device out."
+            )
+        return _pack(checkpoint, quant)
+    if dtype == "auto" and not packed:
+        dtype = _plain_dtype(checkpoint)
+    size = sum(tensor.nbytes for tensor in checkpoint.tensors.values() if tensor.dtype in TYPES)
+    room = limits.available()
+    keep = dtype == "auto" and room is not None and size > MOST_OF_MEMORY * room
+
+    ready = {} if keep or dtype != "auto" else _panels(checkpoint)
 
     def parameter(name: str) -> Weight:
+        if name in ready:
+            return ready.pop(name)
         stored = checkpoint.tensors[name].read()
         weight = converted(checkpoint.path, name, stored, dtype)
+        if len(weight.shape) == 2:
+            weight = ops.prepare(weight, keep=keep)
         if weight is not stored:
             release(stored)
         return weight
 
     weights = decoder.build(checkpoint.config, parameter)
-    return weights, tuple(notes_on(checkpoint, dtype))
+    notes = notes_on(checkpoint, dtype)
+    if keep and room is not None:
+        notes.append(
+            f"the packed weights take {size / 1e9:.1f} GB and {room / 1e9:.1f} GB of memory are available: they are "
+            "used as they lie in the file, which is slower"
+        )
+    return weights, tuple(notes)
+
+
+def _panels(checkpoint: Checkpoint) -> dict[str, Weight]:
+    """The packed matrices of a checkpoint that lie in mapped files, by name, as the kernels hold them."""
+    found: dict[str, Packed] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.dtype in TYPES and len(tensor.shape) == 2:
+            stored = tensor.read()
+            if isinstance(stored, Packed) and mapping(stored) is not None:
+                found[name] = stored
+    prepared = dict(zip(found, ops.prepare_mapped(list(found.values())), strict=True))
+    for name, weight in prepared.items():
+        if weight is not found[name]:
+            release(found[name])  # what a type without a kernel of its own leaves behind
+    return prepared
+
+
+def _plain_dtype(checkpoint: Checkpoint) -> str:
+    """For what computes in one type and reads no packed ones: the type of a GGUF's matrices, bf16 for packed ones."""
+    if checkpoint.format != "gguf" or len({tensor.dtype for tensor in checkpoint.tensors.values()}) == 1:
+        return "auto" if checkpoint.tensors["embedding"].dtype in ITEM_SIZE else "bf16"
+    kinds = {tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2}
+    return kinds.pop() if len(kinds) == 1 and kinds <= ITEM_SIZE.keys() else "bf16"
+
+
+def _pack(checkpoint: Checkpoint, quant: str) -> tuple[DecoderWeights, tuple[str, ...]]:
+    """The tree with its matrices packed, one after the other: memory grows with what is packed, not with the file."""
+    mix = mixes.find(quant, "--quant", among=QUANTS)
+    kinds, replaced = mixes.choose(mix, checkpoint.config, {n: t.shape for n, t in checkpoint.tensors.items()})
+    began, held = time.perf_counter(), 0
+
+    def parameter(name: str) -> Weight:
+        nonlocal held
+        stored, kind = checkpoint.tensors[name].read(), kinds[name]
+        if kind not in KINDS.values():
+            weight: Weight = ops.prepare(pack(checkpoint.path, name, stored, kind))
+        else:  # a vector, or rows that no block divides
+            weight = converted(checkpoint.path, name, stored, "fp32" if kind == "F32" else "fp16")
+            if weight is not stored:
+                release(stored)
+        held += weight.nbytes
+        return weight
+
+    weights = decoder.build(checkpoint.config, parameter)
+    said = (
+        f"the weights were packed to {quant} on load: {time.perf_counter() - began:.1f} s, and {held / 1e6:.0f} MB of "
+        f"memory for {checkpoint.nbytes / 1e6:.0f} MB stored; `puna convert --to gguf` does it once"
+    )
+    return weights, (*notes_on(checkpoint, "auto"), *replaced, said)
 
 
 def notes_on(checkpoint: Checkpoint, dtype: str) -> list[str]:
@@ -122,7 +289,8 @@ def notes_on(checkpoint: Checkpoint, dtype: str) -> list[str]:
     if checkpoint.ignored:
         notes.append(f"stored and not needed: {listed(checkpoint.ignored)}")
     stored = Counter(tensor.dtype for tensor in checkpoint.tensors.values())
-    if len(stored) > 1 and dtype == "auto":
+    # A GGUF keeps its norms in float32 whatever the rest is in, and `puna show` lists its types.
+    if len(stored) > 1 and dtype == "auto" and checkpoint.format != "gguf":
         notes.append(f"the weights are stored in several types: {listed(f'{n} × {t}' for t, n in stored.items())}")
     if dtype != "auto" and (others := stored.keys() - {dtype}):
         notes.append(f"the weights were converted from {listed(others)} to {dtype}")

@@ -1,7 +1,7 @@
 """What each format calls a parameter, and how their q and k rows are ordered.
 
 What it is: tables between Puna's canonical names (`decoder.shapes`) and those of the hub, of Meta (llama2.c writes the
-same) and of torchtune, and the permutation between the two pairings of rope.
+same), of torchtune and of GGUF, and the permutation between the two pairings of rope.
 What it is not: shapes, or anything read from a file.
 What is surprising: nothing is permuted on load. `DecoderConfig.interleaved_rope` says which pairing the rows have, and
 only writing a checkpoint of the other kind moves them.
@@ -16,12 +16,13 @@ import numpy as np
 
 from puna.models.config import DecoderConfig
 
-Convention = Literal["hub", "meta", "torchtune"]
+Convention = Literal["hub", "meta", "torchtune", "gguf"]
 
 _TOP: dict[Convention, dict[str, str]] = {
     "hub": {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"},
     "meta": {"embedding": "tok_embeddings.weight", "norm": "norm.weight", "head": "output.weight"},
     "torchtune": {"embedding": "tok_embeddings.weight", "norm": "norm.scale", "head": "output.weight"},
+    "gguf": {"embedding": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"},
 }
 
 _LAYER: dict[Convention, dict[str, str]] = {
@@ -40,13 +41,21 @@ _LAYER: dict[Convention, dict[str, str]] = {
         "q": "attn.q_proj", "k": "attn.k_proj", "v": "attn.v_proj", "o": "attn.output_proj",
         "gate": "mlp.w1", "up": "mlp.w3", "down": "mlp.w2",
     },
+    "gguf": {
+        "attention_norm": "attn_norm.weight", "mlp_norm": "ffn_norm.weight",
+        "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output",
+        "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
+    },
 }  # fmt: skip
 
-_LAYERS_PREFIX: dict[Convention, str] = {"hub": "model.layers.", "meta": "layers.", "torchtune": "layers."}
+_LAYERS_PREFIX: dict[Convention, str] = {
+    "hub": "model.layers.", "meta": "layers.", "torchtune": "layers.", "gguf": "blk.",
+}  # fmt: skip
 
 _IGNORABLE = re.compile(
     r"(?:model\.)?(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"  # older transformers saved its rope tables
     r"|rope\.freqs|layers\.\d+\.attention\.inner_attention\.rope\.freqs"  # Meta's
+    r"|blk\.\d+\.attn_rot_embd"  # GGUF of 2023; its rope_freqs.weight is read, see `checkpoint`
     r"|freqs_cos|freqs_sin|layers\.\d+\.attention\.mask"  # llama2.c's buffers
 )
 

@@ -283,10 +283,6 @@ def test_a_folder_without_a_model_says_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "training_args.bin").write_bytes(b"PK\3\4" + b"\0" * 50)
     (tmp_path / "empty.bin").write_bytes(b"")
     assert "Puna reads Hugging Face safetensors" in refused(tmp_path, "no weights in this folder")
-    (tmp_path / "model.gguf").write_bytes(b"GGUF\3\0\0\0")
-    remedy = refused(tmp_path, r"GGUF \(model\.gguf\), which this version of Puna does not read")
-    assert remedy == refused(tmp_path / "model.gguf", "a GGUF file, which this version of Puna does not read")
-    assert remedy.startswith("Fetch the model in another format")
     path, _ = bin_file(tmp_path / "stories.bin")
     assert refused(tmp_path, r"no weights but llama2\.c's: stories\.bin") == f"Name the file: {path}"
     assert open_checkpoint(path).format == "llama2c"

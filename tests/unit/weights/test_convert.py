@@ -325,7 +325,7 @@ def test_existing_destinations(meta_folder: Path, tmp_path: Path) -> None:
 
 
 def test_unknown_layouts_and_types(meta_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--to gguf"):
-        convert(meta_folder, tmp_path / "out", to="gguf")
+    with pytest.raises(UsageError, match="--to ggml"):
+        convert(meta_folder, tmp_path / "out", to="ggml")
     with pytest.raises(UsageError, match="--dtype int8"):
         convert(meta_folder, tmp_path / "out", dtype="int8")

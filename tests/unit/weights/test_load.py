@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,19 @@ def test_the_tokenizer_lies_beside_or_is_named(reference: Path, tmp_path: Path) 
     assert load(alone, tokenizer=source / "tok512.bin").tokenizer.vocab_size == 512
     with pytest.raises(TokenizerError, match=r"32000 tokens, and the model an embedding for 512"):
         load(alone, tokenizer=reference / "tokenizers" / "llama2" / "tokenizer.model")
+
+
+def test_a_fault_of_the_weights_comes_before_the_tokenizers(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*_: object, **__: object) -> None:
+        raise CheckpointError("damaged")
+
+    monkeypatch.setattr("puna.weights.load.load_weights", damaged)
+    alone = Path(shutil.copy(reference / "checkpoints" / "stories260K" / "stories260K.bin", tmp_path))
+    with pytest.raises(CheckpointError, match="damaged"):
+        load(alone)
+    assert not [thread for thread in threading.enumerate() if thread.name == "puna-tokenizer"]
 
 
 def test_a_template_left_behind_by_another_tokenizer_is_said(reference: Path, tmp_path: Path) -> None:
