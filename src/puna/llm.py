@@ -16,11 +16,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Unpack
 
 from puna.engine.engine import Engine
-from puna.engine.runner import HostRunner, Logits, Runner
+from puna.engine.native_runner import host_runner
+from puna.engine.runner import Logits, Runner
 from puna.errors import ChatFormatError, DeviceError, UsageError
 from puna.kernels import ops
 from puna.models.config import DecoderConfig
-from puna.types import Answer, FinishReason, Sampling, SamplingOptions, Timings
+from puna.types import KV_TYPES, Answer, FinishReason, Sampling, SamplingOptions, Timings
 from puna.weights.embedded import EMBEDDED
 from puna.weights.find import find_model
 
@@ -33,8 +34,9 @@ class LLM:
     """A model ready to answer.
 
     `model` is a path (file or folder), a hub id or short name that was pulled, or `cria`. `dtype` is `auto` (as
-    stored), `fp32`, `bf16` or `fp16`; `device` is `cpu` or a torch device such as `cuda`; `kernels` is one of
-    `ops.KERNELS`. Raises UserError's children for a model that is not there, damaged, or not of this family.
+    stored), `fp32`, `bf16` or `fp16`; `quant` packs the weights on load (one of `types.QUANTS`, such as `Q4_K_M`);
+    `device` is `cpu` or a torch device such as `cuda`; `kernels` is one of `ops.KERNELS`; `kv_type` is one of
+    `types.KV_TYPES`. Raises UserError's children for a model that is not there, damaged, or not of this family.
     """
 
     def __init__(
@@ -42,8 +44,10 @@ class LLM:
         model: str | Path = EMBEDDED,
         *,
         dtype: str = "auto",
+        quant: str | None = None,
         device: str = "cpu",
         kernels: str = "auto",
+        kv_type: str = KV_TYPES[0],
         tokenizer: str | Path | None = None,
     ) -> None:
         from puna.weights.load import load
@@ -52,11 +56,21 @@ class LLM:
             raise UsageError(
                 f"--kernels {kernels} is about the CPU, and --device is {device}.", remedy="Leave one of them out."
             )
+        if device != "cpu" and quant is not None:
+            raise UsageError(
+                f"--quant {quant} is for the CPU, and --device is {device}.", remedy="Leave one of them out."
+            )
         self.kernels_asked = kernels
         ops.select(kernels)
         self.name = str(model)
         self.path = find_model(self.name)
-        loaded = load(self.path, dtype=dtype, tokenizer=Path(tokenizer) if tokenizer is not None else None)
+        loaded = load(
+            self.path,
+            dtype=dtype,
+            quant=quant,
+            tokenizer=Path(tokenizer) if tokenizer is not None else None,
+            packed=device == "cpu",
+        )
         self.config: DecoderConfig = loaded.config
         self.tokenizer: Tokenizer = loaded.tokenizer
         self.chat_format: ChatFormat | None = loaded.chat_format
@@ -66,11 +80,12 @@ class LLM:
         self.device = device
         runner: Runner
         if device == "cpu":
-            runner = HostRunner(loaded.config, loaded.weights)
+            runner = host_runner(loaded.config, loaded.weights, kv_type)
             self.kernels = ops.summary()
         else:
-            runner = torch_engine(device).TorchRunner(loaded.config, loaded.weights, device)
+            runner = torch_engine(device).TorchRunner(loaded.config, loaded.weights, device, kv_type)
             self.kernels = f"torch {device}"
+        self.kv_type = runner.kv_type
         self._runner = runner
         self._engine = Engine(runner)
 
@@ -242,6 +257,7 @@ class Stream:
             ),
             model=self._llm.name,
             kernels=self._llm.kernels,
+            kv_type=self._llm.kv_type,
             notes=self._llm.notes,
         )
 

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from puna.errors import UsageError
-from puna.types import DTYPES, KERNELS, Sampling
+from puna.types import DTYPES, KERNELS, KV_TYPES, QUANTS, TYPES, Sampling
 
 ENVIRONMENT = {
     "PUNA_HOME": "the folder where Puna keeps its state: what was pulled, and the lines typed in chats "
     "(default: `puna` in the platform's data folder)",
     "PUNA_DEBUG": "set to anything but 0: as `--debug`",
+    "PUNA_CPU": "what computes on the CPU where `--kernels` is left at `auto`, by the same names: `avx2` or `scalar` "
+    "simulate a smaller machine",
 }
 """Every environment variable Puna reads, and what it does; none is needed."""
 
@@ -55,6 +57,11 @@ def puna_home() -> Path:
 def debug_wanted() -> bool:
     """Whether `PUNA_DEBUG` asks for tracebacks."""
     return os.environ.get("PUNA_DEBUG", "0") not in ("", "0")
+
+
+def cpu_wanted() -> str:
+    """What `PUNA_CPU` names in place of `--kernels auto`; `auto` where it is not set. The name is not checked here."""
+    return os.environ.get("PUNA_CPU") or "auto"
 
 
 @dataclass(frozen=True)
@@ -121,9 +128,13 @@ class RunSettings(Settings):
     seed: int | None = _option("repeat a run exactly (default: drawn; --json reports it)", Sampling.seed, "N")
     stop: tuple[str, ...] = _option("end the answer before this text; may be repeated", Sampling.stop, "TEXT")
     dtype: str = _option("compute with the weights as stored, or convert them", DTYPES[0], choices=DTYPES)
+    quant: str | None = _option("pack the weights on load, as a GGUF file of this type is", None, choices=QUANTS)
     device: str = _option("cpu, or a torch device such as cuda", "cpu", "DEVICE")
     tokenizer: Path | None = _option("the tokenizer's file (default: beside the weights)", None, "FILE")  # noqa: RUF009
     kernels: str = _option("what computes on the CPU", KERNELS[0], choices=KERNELS)
+    kv_type: str = _option(
+        "how the cache keeps keys and values (auto: fp32 for an fp32 model, else fp16)", KV_TYPES[0], choices=KV_TYPES
+    )
     raw: bool = _option("apply no chat format: continue the prompt as it is", False)
     verbose: bool = _option("show counts and speeds after the answer", False)
 
@@ -192,16 +203,48 @@ class ModelsSettings(Settings):
 class ConvertSettings(Settings):
     """Write a model in another format.
 
-    SRC is a model as for `puna run`. The output appears whole or not at all.
+    SRC is a model as for `puna run`. The output appears whole or not at all: a folder, or for gguf one file, with the
+    tokenizer inside. safetensors and meta hold F32, BF16 and F16; gguf holds all types. A packed type is that of most
+    matrices; as in other programs, some keep more bits (the head Q6_K, in the _M mixes half of the values and the
+    feed-forward outputs too), and vectors stay F32.
     """
 
     command: ClassVar[str] = "convert"
 
     source: str = _argument("the model to read", "SRC", required=True)
-    to: str = field(metadata={"flag": Flag("the format to write", choices=("safetensors", "meta"), required=True)})
-    output: Path = field(metadata={"flag": Flag("the folder to write", "DIR", short="-o", required=True)})
-    type: str | None = _option("the type of the weights (default: as stored)", None, choices=("F32", "BF16", "F16"))
+    to: str = field(
+        metadata={"flag": Flag("the format to write", choices=("safetensors", "meta", "gguf"), required=True)}
+    )
+    output: Path = field(
+        metadata={"flag": Flag("the folder to write, or the file (gguf)", "PATH", short="-o", required=True)}
+    )
+    type: str | None = _option("the type of the weights (default: as stored)", None, choices=TYPES)
     tokenizer: Path | None = _option("the tokenizer's file (default: beside the weights)", None, "FILE")  # noqa: RUF009
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings(Settings):
+    """Measure how fast a model is here, beside other engines.
+
+    MODEL is as for `puna run` (default: cria). --shape measures random weights of a model's shape instead, written to
+    PUNA_HOME/bench once and kept there. Reading a prompt, decoding one stream and eight, loading, a cold start and the
+    peak of memory are measured, beside what this machine's memory and arithmetic reach in the same run.
+
+    --against runs other engines in processes of their own, in turns: llama.cpp, transformers, openvino, ctranslate2.
+    They must be installed, here or in the environment whose Python --peer-python names.
+    """
+
+    command: ClassVar[str] = "bench"
+
+    model: str | None = _argument("the model (default: cria)", "MODEL")
+    shape: str | None = _option("random weights of this shape: llama3.2:1b, stories15M, cria, ...", None, "NAME")
+    type: str | None = _option("the type of the random weights (default: Q4_K_M)", None, "TYPE")
+    against: str | None = _option("the engines to compare with, commas between them", None, "PEER,...")
+    peer_python: Path | None = _option("the Python that has the peers (default: Puna's own)", None, "FILE")  # noqa: RUF009
+    full: bool = _option("longer prompts and contexts too, which takes much longer", False)
+    only: str | None = _option("measure only these: decode, prefill_512, decode_8_streams, ...", None, "WORK,...")
+    pairs: int = _option("how many times each engine that comes near is measured", 11, "N")
+    threads: int | None = _option("threads of every engine (default: the cores that may be used)", None, "N")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +261,7 @@ COMMANDS: dict[str, type[Settings]] = {
     settings.command: settings
     for settings in (
         RunSettings, PullSettings, ListSettings, ShowSettings, RemoveSettings, ModelsSettings, ConvertSettings,
-        DoctorSettings,
+        BenchSettings, DoctorSettings,
     )
 }  # fmt: skip
 """Every command, by its name, in the order of `puna --help`."""

@@ -25,8 +25,8 @@ ROWS = {
     "quantize": 4, "engine": 4, "plan": 4,
     "gateway": 5, "llm": 5,
     "train": 6, "evaluate": 6, "knowledge": 6,
-    "server": 7,
-    "cli": 8, "bench": 8,
+    "server": 7, "bench": 7,
+    "cli": 8,
     "__main__": 9,
 }  # fmt: skip
 
@@ -34,7 +34,10 @@ ROOT_FACTS = {"__version__"}
 """Names of `puna/__init__.py` that belong to no row: any module may have them."""
 
 ORACLES = {"transformers", "peft", "llama_cpp", "lm_eval", "accelerate"}
-"""What tests and benchmarks compare with; the package never imports them."""
+"""What tests and benchmarks compare with; the package never imports them, but for the place below."""
+
+PEERS = "puna/bench/peers/"
+"""Programs that run other engines, in processes of their own and where those are installed."""
 
 
 def room(path: PurePosixPath) -> str:
@@ -70,6 +73,8 @@ def faults(path: PurePosixPath, tree: ast.Module) -> list[str]:
 
 def undeclared(path: PurePosixPath, tree: ast.Module, declared: set[str]) -> list[str]:
     """Third-party modules a file imports that pyproject.toml does not declare for the package."""
+    if str(path).startswith(PEERS):
+        return []
     allowed = declared | set(sys.stdlib_module_names) | {"puna", "?", "__future__"}
     tops = ((line, name.split(".")[0]) for line, name in imported(path, tree) if not name.startswith("."))
     return [f"{path}:{line} imports {top}, which is not declared" for line, top in tops if top not in allowed]
@@ -89,6 +94,25 @@ def test_third_party_imports_are_declared(sources: Mapping[PurePosixPath, ast.Mo
     declared.add("triton")  # comes with torch
     assert [fault for path, tree in sources.items() for fault in undeclared(path, tree, declared)] == []
     assert not declared & ORACLES
+
+
+def test_nothing_imports_the_programs_that_run_other_engines(sources: Mapping[PurePosixPath, ast.Module]) -> None:
+    place = PEERS.rstrip("/").replace("/", ".")
+    every = ((path, name) for path, tree in sources.items() for _, name in imported(path, tree))
+    assert [(path, name) for path, name in every if name.startswith(place)] == []
+
+
+def test_the_programs_that_run_other_engines_need_nothing_of_puna_but_the_protocol(
+    sources: Mapping[PurePosixPath, ast.Module],
+) -> None:
+    peers = [path for path in sources if str(path).startswith(PEERS)]
+    assert len(peers) > 4
+    found = {name for path in peers for _, name in imported(path, sources[path]) if name.split(".")[0] == "puna"}
+    assert found == {"puna.bench.protocol.serve"}
+    protocol = PurePosixPath("puna/bench/protocol.py")
+    assert {name.split(".")[0] for _, name in imported(protocol, sources[protocol])} <= {
+        *sys.stdlib_module_names, "__future__",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,18 @@ def test_every_kernel(folder: Path, expected: str, kernels: str) -> None:
     assert greedy(folder / "stories260K.bin", folder, kernels=kernels) == expected
 
 
+def test_an_op_at_a_time(folder: Path, expected: str) -> None:
+    """C++ ops under the plain forward: what the native call must equal."""
+    from puna.engine.engine import Engine
+    from puna.engine.native_runner import NativeRunner
+    from puna.engine.runner import HostRunner
+
+    llm = LLM(folder / "stories260K.bin", tokenizer=folder / "tok512.bin")
+    assert isinstance(llm._runner, NativeRunner)
+    llm._engine = Engine(HostRunner(llm.config, llm._runner._weights))
+    assert llm.generate("", raw=True, temperature=0, max_tokens=TOKENS).text == expected
+
+
 def test_torch(folder: Path, expected: str) -> None:
     llm = LLM(folder / "stories260K.bin", tokenizer=folder / "tok512.bin")
     from puna.engine.engine import Engine

@@ -36,5 +36,5 @@ def figures(answer: Answer) -> str:
     return (
         f"[{answer.prompt_tokens} tokens read in {t.prefill_seconds:.2f} s ({t.prefill_tokens_per_second:.1f}/s), "
         f"{answer.completion_tokens} made in {t.decode_seconds:.2f} s ({t.decode_tokens_per_second:.1f}/s), "
-        f"{answer.kernels}]"
+        f"{answer.kernels}, {answer.kv_type} cache]"
     )

@@ -6,6 +6,7 @@ What it is not: the writers, which are `puna.weights`'s; they write whole or not
 from __future__ import annotations
 
 from puna.cli import terminal
+from puna.errors import UsageError
 from puna.settings import ConvertSettings
 from puna.weights.convert import convert
 from puna.weights.find import find_model
@@ -14,12 +15,20 @@ from puna.weights.safetensors import DTYPES
 
 def main(settings: ConvertSettings) -> int:
     """Run the command."""
+    dtype = settings.type or "auto"
+    if settings.to != "gguf" and settings.type is not None:
+        if settings.type not in DTYPES:
+            raise UsageError(
+                f"--type {settings.type}: --to {settings.to} holds {', '.join(DTYPES)} only.",
+                remedy="Leave --type out, or write a GGUF file with --to gguf.",
+            )
+        dtype = DTYPES[settings.type]
     with terminal.bar() as show:
         made = convert(
             find_model(settings.source),
             settings.output,
             to=settings.to,
-            dtype="auto" if settings.type is None else DTYPES[settings.type],
+            dtype=dtype,
             tokenizer=settings.tokenizer,
             progress=None if show is None else lambda done, total: show(f"writing {settings.output.name}", done, total),
         )
@@ -36,5 +45,6 @@ def main(settings: ConvertSettings) -> int:
             }
         )
     else:
-        terminal.note(f"{made.path}: {len(made.files)} files, {terminal.size(made.nbytes)} of weights")
+        files = f"{len(made.files)} files, " if len(made.files) > 1 else ""
+        terminal.note(f"{made.path}: {files}{terminal.size(made.nbytes)} of weights")
     return 0

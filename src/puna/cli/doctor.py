@@ -17,9 +17,11 @@ from typing import Any
 
 from puna import __version__
 from puna.cli import terminal
+from puna.engine import native_runner
 from puna.kernels import ops
 from puna.settings import DoctorSettings, puna_home
 from puna.weights.fetch import free_space
+from puna.weights.limits import cgroup_limit, memory, read_text
 
 PACKAGES = (
     "numpy", "tokenizers", "tiktoken", "sentencepiece", "huggingface_hub", "jinja2", "rich", "torch",
@@ -28,7 +30,6 @@ ISA_FLAGS = (
     "sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16",
     "amx_bf16", "amx_int8", "asimd", "asimddp", "bf16", "i8mm", "sve",
 )  # fmt: skip
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 def main(settings: DoctorSettings) -> int:
@@ -51,40 +52,24 @@ def report(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu(),
-        "memory": _memory(),
+        "memory": memory(),
         "packages": {name: _version(name) for name in PACKAGES},
         "device": _device(device),
         "folders": {"PUNA_HOME": _folder(puna_home()), "hub cache": _folder(_hub_cache())},
         "kernels": ops.summary(),
+        "steps": dict(zip(("implementation", "reason"), native_runner.steps(), strict=True)),
         "operations": [asdict(choice) for choice in ops.table()],
     }
-
-
-def cgroup_limit(file: str, membership: str, root: Path = CGROUPS) -> str | None:
-    """The contents of a control group's `file` (such as `cpu.max`), the nearest to this process that is not `max`.
-
-    `membership` is `/proc/self/cgroup`'s text; version 2 of control groups only (its line begins with `0::`).
-    """
-    line = next((line for line in membership.splitlines() if line.startswith("0::")), None)
-    if line is None:
-        return None
-    group = root / line[3:].lstrip("/")
-    while group == root or root in group.parents:
-        text = _read(group / file)
-        if text and not text.startswith("max"):
-            return text.strip()
-        group = group.parent
-    return None
 
 
 def _cpu() -> dict[str, Any]:
     info = {
         key.strip(): value.strip()
-        for key, colon, value in (line.partition(":") for line in _read(Path("/proc/cpuinfo")).splitlines())
+        for key, colon, value in (line.partition(":") for line in read_text(Path("/proc/cpuinfo")).splitlines())
         if colon
     }
     flags = (info.get("flags") or info.get("Features") or "").split()
-    quota = (cgroup_limit("cpu.max", _read(Path("/proc/self/cgroup"))) or "").split()
+    quota = (cgroup_limit("cpu.max", read_text(Path("/proc/self/cgroup"))) or "").split()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "name": info.get("model name") or platform.processor() or platform.machine(),
@@ -94,20 +79,6 @@ def _cpu() -> dict[str, Any]:
         "usable_cores": usable,
         "quota_cores": int(quota[0]) / int(quota[1]) if len(quota) == 2 else None,
         "threads": ops.threads(),
-    }
-
-
-def _memory() -> dict[str, int | None]:
-    info = {
-        key: int(value.split()[0]) * 1024
-        for key, _, value in (line.partition(":") for line in _read(Path("/proc/meminfo")).splitlines())
-        if value.strip().endswith("kB")
-    }
-    limit = cgroup_limit("memory.max", _read(Path("/proc/self/cgroup")))
-    return {
-        "total_bytes": info.get("MemTotal"),
-        "available_bytes": info.get("MemAvailable"),
-        "limit_bytes": int(limit) if limit else None,
     }
 
 
@@ -137,14 +108,6 @@ def _folder(path: Path) -> dict[str, Any]:
     return {"path": str(path), "exists": path.exists(), "free_bytes": free_space(path)}
 
 
-def _read(path: Path) -> str:
-    """A file of the system, empty where this system has none such."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
 def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     cpu, memory = found["cpu"], found["memory"]
     quota = "" if cpu["quota_cores"] is None else f", {cpu['quota_cores']:g} allowed by the control group"
@@ -154,6 +117,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("CPU", f"{cpu['name']} ({cpu['architecture']}): {cpu['cores']} cores{usable}{quota}"),
         ("instructions", " ".join(cpu["instruction_sets"]) or "not known on this platform"),
         ("kernels", f"{found['kernels']}, threads: {cpu['threads'] or 'as NumPy has it'}"),
+        ("a step", f"{found['steps']['implementation']}: {found['steps']['reason']}"),
     ]
     if memory["total_bytes"] is not None:
         limit = "" if memory["limit_bytes"] is None else f", {terminal.size(memory['limit_bytes'])} allowed"

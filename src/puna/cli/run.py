@@ -52,8 +52,10 @@ def _load(settings: RunSettings) -> LLM:
     return LLM(
         settings.model or EMBEDDED,
         dtype=settings.dtype,
+        quant=settings.quant,
         device=settings.device,
         kernels=settings.kernels,
+        kv_type=settings.kv_type,
         tokenizer=settings.tokenizer,
     )
 

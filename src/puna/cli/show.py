@@ -1,8 +1,8 @@
 """`puna show`: what a model is, from its files and the catalog, and the memory it needs.
 
 What it is not: a load. The checkpoint is opened and checked, its weights are not read.
-What is surprising: memory is counted for the CPU, where weights stay as stored and the KV cache is float32; the cache
-grows with the conversation, so the figure for the whole context is a limit, not a start.
+What is surprising: memory is counted for the CPU, where weights stay as stored and the KV cache is what
+`--kv-type auto` makes; it grows with the conversation, so the figure for the whole context is a limit, not a start.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 from puna.catalog import models as catalog
 from puna.cli import terminal
+from puna.engine.runner import settled_kv_type
+from puna.kernels.blocks import TYPES
 from puna.models import decoder
 from puna.models.config import DecoderConfig
 from puna.settings import ShowSettings
+from puna.weights import gguf_model
 from puna.weights.checkpoint import Checkpoint, open_checkpoint
+from puna.weights.files import shown as shown_word
 from puna.weights.find import find_model
-from puna.weights.load import chat_format_of, notes_on
+from puna.weights.load import chat_format_of, notes_on, read_words
 
 if TYPE_CHECKING:
     from puna.text.tokenizer import Tokenizer
-
-CACHE_NUMBER = 4
-"""Bytes of a number in the CPU's KV cache: float32 (`engine.runner.HostRunner`)."""
+    from puna.weights.gguf import GGUF
 
 SHORT = 8192
 """Tokens of a long conversation; what most people's memory must hold, whatever the model could."""
@@ -48,7 +50,9 @@ def describe(name: str, checkpoint: Checkpoint, tokenizer: Path | None = None) -
     config = checkpoint.config
     words, chat_format = _text(checkpoint, tokenizer or checkpoint.tokenizer)
     lengths = sorted({min(SHORT, config.context_length), config.context_length})
-    caches = {str(length): kv_cache_bytes(config, length) for length in lengths}
+    all_fp32 = all(tensor.dtype == "fp32" for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2)
+    kv_type = settled_kv_type("auto", config, all_fp32=all_fp32)
+    caches = {str(length): kv_cache_bytes(config, length, kv_type) for length in lengths}
     return {
         "name": name,
         "path": str(checkpoint.path),
@@ -63,10 +67,12 @@ def describe(name: str, checkpoint: Checkpoint, tokenizer: Path | None = None) -
         "tokenizer": None
         if words is None
         else {"kind": words.kind, "path": str(words.source), "vocabulary": words.vocab_size},
-        "licence": licence(name, checkpoint.folder),
+        "licence": licence(name, checkpoint.folder, checkpoint.gguf),
+        "gguf": None if checkpoint.gguf is None else _gguf(checkpoint.gguf),
         "file_bytes": _file_bytes(checkpoint),
         "memory": {
             "weights_bytes": checkpoint.nbytes,
+            "kv_type": kv_type,
             "kv_cache_bytes": caches,
             "total_bytes": {length: checkpoint.nbytes + cache for length, cache in caches.items()},
         },
@@ -74,16 +80,19 @@ def describe(name: str, checkpoint: Checkpoint, tokenizer: Path | None = None) -
     }
 
 
-def kv_cache_bytes(config: DecoderConfig, positions: int) -> int:
-    """Bytes of the CPU's KV cache for one conversation of that many tokens."""
-    cache = decoder.make_cache(config, 1, positions, lambda shape: math.prod(shape) * CACHE_NUMBER)
+def kv_cache_bytes(config: DecoderConfig, positions: int, kv_type: str) -> int:
+    """Bytes of the CPU's KV cache of that type for one conversation of that many tokens."""
+    kind = TYPES[{"fp32": "F32", "bf16": "BF16", "fp16": "F16", "q8_0": "Q8_0"}[kv_type]]
+    cache = decoder.make_cache(config, 1, positions, lambda shape: math.prod(shape[:-1]) * kind.row_bytes(shape[-1]))
     return sum((*cache.keys, *cache.values))
 
 
-def licence(name: str, folder: Path) -> str | None:
-    """The licence's name from the catalog, else the first line of a LICENSE file beside the weights."""
+def licence(name: str, folder: Path, whole: GGUF | None = None) -> str | None:
+    """The licence's name from the catalog, else what a GGUF says, else the first line of a LICENSE file beside it."""
     if (entry := catalog.find(name)) is not None:
         return entry.licence_name
+    if whole is not None and (said := gguf_model.licence(whole.metadata)) is not None:
+        return said
     for path in sorted(p for p in folder.iterdir() if p.name.upper().startswith(("LICENSE", "LICENCE"))):
         if path.is_file():
             with path.open("rb") as file:
@@ -93,13 +102,22 @@ def licence(name: str, folder: Path) -> str | None:
     return None
 
 
+def _gguf(whole: GGUF) -> dict[str, Any]:
+    """What a GGUF says of itself."""
+    name = whole.metadata.get("general.name")
+    return {
+        "version": whole.version,
+        "parts": len(whole.files),
+        "name": name[:200] if isinstance(name, str) else None,
+        "file_type": gguf_model.file_type(whole.metadata),
+    }
+
+
 def _text(checkpoint: Checkpoint, file: Path | None) -> tuple[Tokenizer | None, str | None]:
     """The tokenizer, if there is one, and the name of the chat format, if the model has one."""
     if file is None:
         return None, None
-    from puna.text.tokenizer import load_tokenizer
-
-    words = load_tokenizer(file, generation=checkpoint.config.generation)
+    words = read_words(checkpoint, file)
     found = chat_format_of(checkpoint, words)
     return words, None if found is None else found.name
 
@@ -111,7 +129,8 @@ def _file_bytes(checkpoint: Checkpoint) -> int:
 
 def _lines(shown: dict[str, Any]) -> list[tuple[str, str]]:
     config, tokenizer, memory = shown["config"], shown["tokenizer"], shown["memory"]
-    count = shown["parameters"]
+    count, gguf = shown["parameters"], shown["gguf"] or {"name": None, "file_type": None}
+    mix = f"{gguf['file_type']}: " if gguf["file_type"] else ""
     lines = [
         ("model", shown["name"]),
         ("path", f"{shown['path']} ({shown['format']}, {terminal.size(shown['file_bytes'])})"),
@@ -123,7 +142,7 @@ def _lines(shown: dict[str, Any]) -> list[tuple[str, str]]:
             f"heads of {config['head_dim']}, {config['kv_heads']} key/value heads, vocabulary {config['vocab_size']}",
         ),
         ("context", f"{shown['context_length']} tokens"),
-        ("weights", ", ".join(f"{number} × {dtype}" for dtype, number in shown["dtypes"].items())),
+        ("weights", mix + ", ".join(f"{number} × {dtype}" for dtype, number in shown["dtypes"].items())),
         ("chat format", shown["chat_format"] or "none: it continues text"),
         (
             "tokenizer",
@@ -133,13 +152,15 @@ def _lines(shown: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("licence", shown["licence"] or "not known: there is no LICENSE file beside the weights"),
     ]
+    if gguf["name"]:
+        lines.insert(1, ("called", shown_word(gguf["name"])))
     for length, total in memory["total_bytes"].items():
         cache = memory["kv_cache_bytes"][length]
         lines.append(
             (
                 "memory",
                 f"{terminal.size(total)} with {length} tokens of context ({terminal.size(memory['weights_bytes'])} of "
-                f"weights, {terminal.size(cache)} of KV cache)",
+                f"weights, {terminal.size(cache)} of {memory['kv_type']} KV cache)",
             )
         )
     return lines + [("note", text) for text in shown["notes"]]

@@ -14,12 +14,16 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from puna.errors import PunaError
+from puna.errors import PunaError, UsageError
+from puna.kernels.blocks import TYPES
+from puna.kernels.layouts import empty_cache, words
 from puna.models import decoder
 from puna.models.config import DecoderConfig
-from puna.models.tree import DecoderWeights, KVCache
+from puna.models.tree import DecoderWeights, KVCache, leaves
+from puna.types import KV_TYPES
 
 Logits = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int32]
 SMALLEST_CACHE = 256
 
 
@@ -27,6 +31,8 @@ class Runner(Protocol):
     """One model on one device, with the cache of one sequence."""
 
     config: DecoderConfig
+    kv_type: str
+    """How its cache keeps keys and values: `fp32`, `bf16`, `fp16` or `q8_0`."""
 
     def reset(self, expected: int) -> None:
         """Forget the sequence; `expected` positions are likely to be needed (a hint, not a limit)."""
@@ -43,8 +49,26 @@ def capacity_for(needed: int, config: DecoderConfig, current: int) -> int:
     return min(max(needed, 2 * current, SMALLEST_CACHE), config.context_length)
 
 
+def settled_kv_type(asked: str, config: DecoderConfig, *, all_fp32: bool) -> str:
+    """The type a cache on the host gets when `asked` (one of KV_TYPES) is asked for: fp32, bf16, fp16 or q8_0.
+
+    `all_fp32` says whether all matrices of the model are fp32. Raises UsageError for a type that is none, or that the
+    model's heads do not fit.
+    """
+    if asked not in KV_TYPES:
+        raise UsageError(f"--kv-type {asked}: no such type.", remedy=f"One of: {', '.join(KV_TYPES)}.")
+    if asked == "q8_0" and config.head_dim % TYPES["Q8_0"].block:
+        raise UsageError(
+            f"--kv-type q8_0 packs 32 numbers together, and this model's heads have {config.head_dim}.",
+            remedy="Use --kv-type fp16.",
+        )
+    return ("fp32" if all_fp32 else "fp16") if asked == "auto" else asked
+
+
 class GrowingCache(ABC):
     """The half of a runner that every device shares: the cache of one sequence, which grows as it fills."""
+
+    kv_type: str
 
     def __init__(self, config: DecoderConfig) -> None:
         self.config = config
@@ -68,25 +92,35 @@ class GrowingCache(ABC):
         new = self._empty(capacity_for(needed, self.config, old.capacity if old else 0))
         if old is not None:
             for before, after in zip((*old.keys, *old.values), (*new.keys, *new.values), strict=True):
-                after[:, : old.capacity] = before
+                words(after)[:, : old.capacity] = words(before)
         self._cache = new
         return new
 
 
 class HostRunner(GrowingCache):
-    """The model on the CPU: NumPy arrays, float32 activations and cache."""
+    """The model on the CPU: NumPy arrays, float32 activations, and a cache of the type that `kv_type` names.
 
-    def __init__(self, config: DecoderConfig, weights: DecoderWeights) -> None:
+    Raises UsageError for a `kv_type` that is none, or that the model's heads do not fit.
+    """
+
+    def __init__(self, config: DecoderConfig, weights: DecoderWeights, kv_type: str = KV_TYPES[0]) -> None:
         super().__init__(config)
         self._weights = weights
+        matrices = [leaf for _, leaf in leaves(weights) if len(leaf.shape) == 2]
+        all_fp32 = all(isinstance(leaf, np.ndarray) and leaf.dtype == np.float32 for leaf in matrices)
+        self.kv_type = settled_kv_type(kv_type, config, all_fp32=all_fp32)
 
     def run(self, tokens: list[int], start: int) -> Logits:
         """See Runner."""
-        cache = self._room(start + len(tokens))
         ids = np.array([tokens], np.int32)
         positions = np.arange(start, start + len(tokens), dtype=np.int32)[None]
+        last: Logits = self.step(ids, positions, self._room(start + len(tokens)))[0]
+        return last
+
+    def step(self, ids: Ids, positions: Ids, cache: KVCache) -> Logits:
+        """Logits [B, V] after the last of `ids` [B, T], B sequences of a cache that is the caller's."""
         hidden = decoder.forward(self._weights, self.config, ids, positions, cache)
-        last: Logits = decoder.logits(self._weights, np.ascontiguousarray(hidden[:, -1]))[0]
+        last: Logits = decoder.logits(self._weights, np.ascontiguousarray(hidden[:, -1]))
         return last
 
     def all_logits(self, tokens: list[int]) -> Logits:
@@ -97,10 +131,14 @@ class HostRunner(GrowingCache):
         return scores
 
     def _empty(self, capacity: int) -> KVCache:
+        return self.empty_cache(1, capacity)
+
+    def empty_cache(self, sequences: int, capacity: int) -> KVCache:
+        """A cache for `step`. Raises PunaError where there is no memory for it."""
         try:
-            return decoder.make_cache(self.config, 1, capacity, lambda shape: np.zeros(shape, np.float32))
+            return decoder.make_cache(self.config, sequences, capacity, lambda shape: empty_cache(self.kv_type, shape))
         except MemoryError as error:
             raise PunaError(
                 f"There is no memory for a cache of {capacity} tokens.",
-                remedy="Lower --max-tokens or use a smaller model; `puna show` has the arithmetic.",
+                remedy="Lower --max-tokens, or use --kv-type q8_0 or a smaller model; `puna show` counts.",
             ) from error

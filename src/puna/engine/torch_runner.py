@@ -20,6 +20,9 @@ from puna.kernels.layouts import BF16, dtype_name
 from puna.models import decoder
 from puna.models.config import DecoderConfig
 from puna.models.tree import DecoderWeights, KVCache, leaves, tree_map
+from puna.types import KV_TYPES
+
+_CACHES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def open_device(device: str) -> torch.device:
@@ -51,17 +54,23 @@ def describe(device: str) -> str:
 class TorchRunner(GrowingCache):
     """The model on `device`.
 
-    Raises DeviceError when torch has no such device or its memory is too small, and UsageError for weights of several
-    types.
+    `kv_type` auto keeps keys and values in the weights' type. Raises DeviceError when torch has no such device or its
+    memory is too small, and UsageError for weights of several types, or a `kv_type` that only the CPU has.
     """
 
-    def __init__(self, config: DecoderConfig, weights: DecoderWeights, device: str) -> None:
+    def __init__(self, config: DecoderConfig, weights: DecoderWeights, device: str, kv_type: str = KV_TYPES[0]) -> None:
         super().__init__(config)
         types = {dtype_name(leaf) for name, leaf in leaves(weights) if name != "inv_freq"}
         if len(types) > 1:  # torch multiplies like with like only
             raise UsageError(
                 f"--device {device}: the weights are stored in several types ({', '.join(sorted(types))}).",
                 remedy="Name the one to compute in with --dtype.",
+            )
+        self.kv_type = types.pop() if kv_type == "auto" else kv_type
+        if self.kv_type not in _CACHES:
+            raise UsageError(
+                f"--kv-type {kv_type}: --device {device} keeps keys and values in {', '.join(_CACHES)} only.",
+                remedy="Leave it out, or use --device cpu.",
             )
         self._device = open_device(device)
         with self._fitting("the model"):
@@ -113,7 +122,7 @@ class TorchRunner(GrowingCache):
         return ids, torch.arange(start, start + len(tokens), dtype=torch.int32, device=self._device)[None]
 
     def _empty(self, capacity: int) -> KVCache:
-        dtype = self._weights.embedding.dtype
+        dtype = _CACHES[self.kv_type]
         return decoder.make_cache(
             self.config, 1, capacity, lambda shape: torch.zeros(shape, dtype=dtype, device=self._device)
         )

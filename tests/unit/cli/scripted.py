@@ -101,6 +101,7 @@ class ScriptedStream:
             timings=Timings(0.5, 1.0, 2.0, 4.0),
             model=self._llm.name,
             kernels=self._llm.kernels,
+            kv_type="fp16",
             notes=self._llm.notes,
         )
 

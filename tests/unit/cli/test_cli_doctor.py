@@ -11,6 +11,7 @@ import pytest
 
 import puna as package
 from puna.cli import doctor
+from puna.engine import native_runner
 from puna.kernels import ops
 
 Puna = Callable[..., Any]
@@ -36,7 +37,9 @@ def test_the_report(puna: Puna, home: Path) -> None:
     assert found["folders"]["PUNA_HOME"]["free_bytes"] > 0
     assert found["packages"]["numpy"]
     assert found["device"]["name"] == "cpu"
+    assert found["steps"]["implementation"] in (native_runner.NATIVE, native_runner.PLAIN)
     text = puna("doctor").out
+    assert f"{found['steps']['implementation']}: {found['steps']['reason']}" in text
     for name in ("PUNA_HOME", "hub cache", "packages", *ops.NAMES):
         assert f"\n{name} " in text
 
@@ -46,6 +49,9 @@ def test_kernels_are_the_ones_asked_for(puna: Puna) -> None:
     assert {row["implementation"] for row in found["operations"]} == {"NumPy reference"}
     assert {row["reason"] for row in found["operations"]} == {"asked for by --kernels reference"}
     assert found["cpu"]["threads"] is None
+    assert found["steps"] == {"implementation": "an op at a time", "reason": "asked for by --kernels reference"}
+    pytest.importorskip("puna.kernels.cpu", reason="the C++ extension is not built here")
+    assert puna("doctor", "--kernels", "scalar", "--json").json()["steps"]["implementation"] == "one native call"
 
 
 def test_devices(puna: Puna) -> None:

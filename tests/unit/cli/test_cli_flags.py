@@ -18,6 +18,7 @@ from puna.llm import LLM
 from puna.settings import COMMANDS, ConvertSettings, RemoveSettings, RunSettings, Settings, ShowSettings
 from puna.types import Sampling
 from puna.weights.convert import LAYOUTS
+from puna.weights.mixes import MIXES
 from puna.weights.safetensors import DTYPES
 
 SOURCE = Path(__file__).resolve().parents[3] / "src" / "puna"
@@ -71,9 +72,9 @@ def test_dashes_that_are_not_flags() -> None:
         (ShowSettings, [], "needs MODEL", "Usage: puna show MODEL"),
         (ShowSettings, [""], 'MODEL is empty: ""', "Usage: puna show MODEL"),
         (RemoveSettings, ["", "-y"], 'NAME is empty: ""', "Usage: puna rm NAME"),
-        (ConvertSettings, ["M", "--to", "gguf", "-o", "x"], "must be one of safetensors, meta, not 'gguf'", ""),
+        (ConvertSettings, ["M", "--to", "ggml", "-o", "x"], "one of safetensors, meta, gguf, not 'ggml'", ""),
         (ConvertSettings, ["M"], "needs --to and --output", "--to safetensors|meta"),
-        (ConvertSettings, ["M", "--to", "meta", "-o", "x", "--type", "Q8_0"], "F32, BF16, F16, not 'Q8_0'", ""),
+        (ConvertSettings, ["M", "--to", "meta", "-o", "x", "--type", "IQ4_XS"], "Q2_K, not 'IQ4_XS'", ""),
     ],
 )
 def test_mistakes_are_named_with_a_remedy(kind: type[Settings], words: list[str], message: str, remedy: str) -> None:
@@ -125,8 +126,9 @@ def test_no_flag_is_dead(kind: type[Settings]) -> None:
 
 def test_facts_that_stand_in_two_rows_agree() -> None:
     signature = inspect.signature(LLM.__init__).parameters
-    for name in ("dtype", "device", "kernels", "tokenizer"):
+    for name in ("dtype", "quant", "device", "kernels", "tokenizer"):
         assert getattr(RunSettings(), name) == signature[name].default
     choices = {each.name: flags.flag(each).choices for each in fields(ConvertSettings)}
     assert choices["to"] == LAYOUTS
-    assert set(choices["type"]) == set(DTYPES)
+    assert choices["type"] == tuple(MIXES)
+    assert set(choices["type"]) > set(DTYPES)

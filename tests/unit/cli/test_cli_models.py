@@ -100,16 +100,18 @@ def test_show_says_what_a_model_is(puna: Puna, stories: tuple[str, ...]) -> None
 
 
 def test_show_counts_the_cache_the_engine_makes() -> None:
-    config = DecoderConfig("llama3", 32, 16, 3, 4, 2, 4, 32, 1e-5, Rope(4, 1e4), 100)
+    config = DecoderConfig("llama3", 32, 128, 3, 4, 2, 32, 32, 1e-5, Rope(32, 1e4), 100)
 
     def parameter(name: str) -> Any:
         return np.zeros(decoder.shapes(config)[name], np.float32)
 
-    runner = HostRunner(config, decoder.build(config, parameter))
-    runner.reset(100)
-    cache = runner._cache
-    assert cache is not None
-    assert show.kv_cache_bytes(config, 100) == sum(array.nbytes for array in (*cache.keys, *cache.values))
+    for kv_type in ("fp32", "bf16", "fp16", "q8_0"):
+        runner = HostRunner(config, decoder.build(config, parameter), kv_type)
+        runner.reset(100)
+        cache = runner._cache
+        assert cache is not None
+        nbytes = sum(array.nbytes for array in (*cache.keys, *cache.values))
+        assert show.kv_cache_bytes(config, 100, kv_type) == nbytes
 
 
 def test_show_finds_the_licence(tmp_path: Path) -> None:
@@ -293,3 +295,22 @@ def test_convert_and_run_again(puna: Puna, stories: tuple[str, ...], tmp_path: P
     plain = puna("convert", *stories, "--to", "meta", "-o", str(tmp_path / "meta"))
     assert (plain.code, plain.out) == (0, "")
     assert json.loads((tmp_path / "meta" / "params.json").read_text())["n_layers"] == 5
+
+
+def test_convert_to_gguf(puna: Puna, stories: tuple[str, ...], tmp_path: Path) -> None:
+    """The file, its size, and what its types had to give up; types a folder cannot hold are refused."""
+    out = tmp_path / "stories.gguf"
+    said = puna("convert", *stories, "--to", "gguf", "--type", "Q4_K_M", "-o", str(out), "--json")
+    document = said.json()
+    assert said.code == 0
+    assert (document["path"], document["format"], document["files"]) == (str(out), "gguf", ["stories.gguf"])
+    assert out.read_bytes()[:4] == b"GGUF"
+    assert 0 < out.stat().st_size - document["weights_bytes"] < 20_000
+    assert any("Q5_0 in place of Q4_K" in note for note in document["notes"])
+    again = puna("convert", *stories, "--to", "gguf", "-o", str(out))
+    assert (again.code, again.out) == (2, "")
+    assert "already exists" in again.err
+    refused = puna("convert", *stories, "--to", "meta", "--type", "Q4_K_M", "-o", str(tmp_path / "meta"))
+    assert refused.code == 2
+    assert "--to meta holds F32, BF16, F16 only" in refused.err
+    assert "--to gguf" in refused.err

@@ -50,8 +50,16 @@ def test_what_the_loader_gets(puna: Puna, monkeypatch: pytest.MonkeyPatch) -> No
             given.append((model, options))
 
     monkeypatch.setattr("puna.llm.LLM", Recorded)
-    puna("run", "cria", "x", *["--dtype", "fp32", "--device", "cuda", "--kernels", "scalar", "--tokenizer", "t.bin"])
-    options = {"dtype": "fp32", "device": "cuda", "kernels": "scalar", "tokenizer": Path("t.bin")}
+    puna(
+        "run",
+        "cria",
+        "x",
+        *["--dtype", "fp32", "--device", "cuda", "--kernels", "scalar", "--tokenizer", "t.bin", "--kv-type", "q8_0"],
+    )
+    options = {
+        "dtype": "fp32", "quant": None, "device": "cuda", "kernels": "scalar", "tokenizer": Path("t.bin"),
+        "kv_type": "q8_0",
+    }  # fmt: skip
     assert given == [("cria", options)]
 
 
@@ -86,10 +94,11 @@ def test_json_is_one_document(puna: Puna, model: Puna) -> None:
         },
         "model": "cria",
         "kernels": "scripted",
+        "kv_type": "fp16",
         "notes": ["n"],
         "seed": 7,
     }
-    assert said.err == "note: n\n[2 tokens read in 0.50 s (2.0/s), 2 made in 1.00 s (4.0/s), scripted]\n"
+    assert said.err == "note: n\n[2 tokens read in 0.50 s (2.0/s), 2 made in 1.00 s (4.0/s), scripted, fp16 cache]\n"
 
 
 def test_a_seed_is_drawn_and_reported(puna: Puna, model: Puna) -> None:

@@ -92,3 +92,19 @@ def test_a_value_out_of_range_is_refused_by_name(field: str, value: object) -> N
 
 def test_the_keywords_are_the_fields() -> None:
     assert SamplingOptions.__annotations__.keys() == Sampling.__dataclass_fields__.keys()
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.999, 1 - 1e-9])
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_a_nucleus_of_any_size_equals_transformers(top_p: float, spread: float) -> None:
+    """Flat logits need more tokens than are looked at first, up to nearly all of them."""
+    logits = np.random.default_rng(2).normal(0, spread, 9000).astype(np.float32)
+    sampling = Sampling(temperature=1.0, top_p=top_p)
+    ours, wanted = distribution(logits, sampling), theirs(logits, sampling)
+    assert abs(np.count_nonzero(ours) - np.count_nonzero(wanted)) <= 1  # sums in another order, at the border
+    np.testing.assert_allclose(ours, wanted, atol=1e-4 if spread < 1 else 1e-7)
+
+
+def test_ties_at_the_border_of_top_k_are_all_kept() -> None:
+    logits = np.array([1, 5, 3, 3, 0, 3], np.float32)
+    assert np.flatnonzero(distribution(logits, Sampling(temperature=1.0, top_p=1.0, top_k=2))).tolist() == [1, 2, 3, 5]

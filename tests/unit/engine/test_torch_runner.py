@@ -48,3 +48,18 @@ def test_weights_of_several_types_are_refused_by_name() -> None:
     mixed = dataclasses.replace(model.weights, norm=norm, head=head)
     with pytest.raises(UsageError, match=r"in several types \(bf16, fp32\)"):
         TorchRunner(model.config, mixed, "cpu")
+
+
+def test_the_cache_is_of_the_type_asked_for_or_refused() -> None:
+    model = load(find_model("cria"))
+    auto = TorchRunner(model.config, model.weights, "cpu")
+    assert auto.kv_type == "bf16"
+    want = auto.run([0, 5, 9], 0)
+    for kv_type in ("fp32", "fp16"):
+        runner = TorchRunner(model.config, model.weights, "cpu", kv_type)
+        assert runner.kv_type == kv_type
+        assert abs(runner.run([0, 5, 9], 0) - want).max() < 0.05 * abs(want).max()
+        assert runner._cache is not None
+        assert runner._cache.keys[0].dtype == {"fp32": torch.float32, "fp16": torch.float16}[kv_type]
+    with pytest.raises(UsageError, match="--kv-type q8_0: --device cpu keeps keys and values in fp32, bf16, fp16 only"):
+        TorchRunner(model.config, model.weights, "cpu", "q8_0")
