@@ -16,8 +16,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from puna.bench.compare import paired_ratio
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -74,17 +77,8 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratio(better: Sequence[float], base: Sequence[float]) -> dict[str, float]:
-    """Median of the paired ratios better/base, with the order-statistic 95 % interval of that median (sign test)."""
-    ratios = sorted(x / y for x, y in zip(better, base, strict=True))
-    n = len(ratios)
-    # The k-th smallest and k-th largest enclose the median with at least 95 %: binomial tail of fair coins.
-    tail, k, term = 0.0, 0, 0.5**n
-    while tail + term <= 0.025:
-        tail += term
-        term = term * (n - k) / (k + 1)
-        k += 1
-    low, high = (ratios[k - 1], ratios[n - k]) if k else (ratios[0], ratios[-1])
-    return {"median": statistics.median(ratios), "low": low, "high": high, "pairs": n}
+    """Median of the paired ratios better/base, with its 95 % interval (`puna.bench.compare`)."""
+    return asdict(paired_ratio(better, base))
 
 
 class Worker:

@@ -21,7 +21,8 @@ import numpy as np
 
 from puna.kernels import cpu
 from puna.kernels import reference as ref
-from puna.kernels.layouts import BF16
+from puna.kernels.blocks import TYPES
+from puna.kernels.layouts import BF16, Packed
 
 Case = tuple[str, str, Callable[[], object], float, float]
 """Op, shape in words, the call, bytes read, floating-point operations."""
@@ -53,6 +54,36 @@ def linears() -> Iterator[Case]:
                 x = normal(rows, inner)
                 shape = f"{rows} x {inner} -> {out} {dtype}"
                 yield "linear", shape, lambda x=x, w=w: cpu.linear(x, w), w.nbytes, 2.0 * rows * inner * out
+
+
+PACKED = ("Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+BEYOND_CACHE = 200 << 20
+"""Bytes of copies of one matrix that few rows go through in turn, so that weights come from memory as in a model."""
+
+
+def packed_linears() -> Iterator[Case]:
+    """Products with packed weights, and `prepare`. With more than 12 rows the copies make no difference: one serves."""
+    for out, inner in ((8192, 2048), (2048, 8192), (128256, 2048)):
+        for kind in PACKED:
+            row = TYPES[kind].row_bytes(inner)
+            # Any bits are numbers; those of the scales are kept small, or results would be infinite.
+            data = rng.integers(0, 128, (out, row), dtype=np.uint8) & 0x3B
+            file = Packed(kind, (out, inner), data)
+            call = lambda file=file: cpu.prepare(file)  # noqa: E731
+            yield "prepare", f"{inner} -> {out} {kind}", call, float(file.nbytes), 0
+            copies = [cpu.prepare(file) for _ in range(max(1, BEYOND_CACHE // file.nbytes))]
+            for rows in (1, 2, 4, 8, 12, 16, 24, 32, 128, 512, 2048):
+                if out > 100_000 and rows > 12:
+                    continue
+                used = copies if rows <= 12 else copies[:1]
+                x = normal(rows, inner)
+                call = lambda x=x, used=used: [cpu.linear(x, w) for w in used]  # noqa: E731
+                flops = 2.0 * rows * inner * out * len(used)
+                yield "linear", f"{rows} x {inner} -> {out} {kind}", call, float(file.nbytes * len(used)), flops
+            x = normal(1, inner)
+            call = lambda x=x, file=file: cpu.linear(x, file)  # noqa: E731
+            shape = f"1 x {inner} -> {out} {kind} as in the file"
+            yield "linear", shape, call, float(file.nbytes), 2.0 * inner * out
 
 
 def attentions() -> Iterator[Case]:
@@ -123,7 +154,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="time a line")
     args = parser.parse_args()
     cpu.set_threads(args.threads)
-    for cases in (linears, attentions, others):
+    for cases in (linears, packed_linears, attentions, others):
         for op, shape, call, read, flops in cases():
             if args.only not in f"{op} {shape}":
                 continue
