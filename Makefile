@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src -type f -not -name '*.pyc' -not -name '*.so')
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format test-slow test-peers bench cria clean
+.PHONY: help run test lint format test-slow test-peers test-sanitize test-arm wheel bench bench-gguf cria clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,9 +46,25 @@ format: $(VENV)/dev.stamp ## let ruff put the layout right
 test-slow: $(VENV)/core.stamp $(VENV)/dev.stamp ## the long suites: all 10,000 strings a tokenizer, larger fuzzing
 	$(BIN)/python -m pytest -m slow
 
-test-peers: $(VENV)/core.stamp $(VENV)/dev.stamp ## have another engine (CTranslate2) run what Puna converted
+test-peers: $(VENV)/core.stamp $(VENV)/dev.stamp ## have other engines (CTranslate2, llama.cpp) run what Puna converted
 	$(BIN)/python -m pip install --quiet --group peers
 	$(BIN)/python -m pytest -m peers
+
+test-sanitize: $(VENV)/core.stamp $(VENV)/dev.stamp ## the kernels under the address and undefined-behaviour sanitizers
+	$(BIN)/python -m pip install --quiet --group build
+	$(BIN)/python -m pytest -m sanitize
+
+test-arm: $(VENV)/core.stamp $(VENV)/dev.stamp ## the kernels as Clang compiles them, and on an emulated Arm
+	$(BIN)/python -m pip install --quiet --group build --group arm
+	$(BIN)/python -m pytest -m arm
+
+wheel: $(VENV)/python.stamp ## a wheel for this machine in dist/ (`cibuildwheel` makes those for others, see pyproject.toml)
+	$(BIN)/python -m pip install --quiet --group wheel
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	mkdir -p dist
+	if [ "$$(uname)" = Linux ]; then PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl; \
+	else cp build/wheel/*.whl dist/; fi
 
 CRIA_TRAIN ?= $(error say which stories to train on: CRIA_TRAIN="files" CRIA_HELD_OUT=file, see recipes/cria/README.md)
 cria: $(VENV)/core.stamp $(VENV)/dev.stamp ## make the embedded model anew: CRIA_TRAIN="files" CRIA_HELD_OUT=file (an hour on two cores)
@@ -57,6 +73,22 @@ cria: $(VENV)/core.stamp $(VENV)/dev.stamp ## make the embedded model anew: CRIA
 	$(BIN)/python recipes/cria/export.py
 	$(BIN)/python recipes/cria/evaluate.py
 
+# The peers have an environment of their own: what one of them asks for does not fit beside Puna.
+$(VENV)-bench/python.stamp: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(VENV)-bench/bin/python -m pip install --quiet --group bench
+	@touch $@
+
+GGUF_BENCH = $(BIN)/python bench/gguf.py --record --peer-python $(VENV)-bench/bin/python
+bench-gguf: $(VENV)/core.stamp $(VENV)/dev.stamp $(VENV)-bench/python.stamp ## measure GGUF beside llama.cpp and OpenVINO (15 GB of disk, an hour)
+	$(GGUF_BENCH) --shape llama3.2:1b --type Q4_K_M --against llama.cpp,openvino,ctranslate2 --full
+	$(GGUF_BENCH) --shape llama3.2:1b --type Q8_0 --against llama.cpp,openvino,ctranslate2 --full
+	$(GGUF_BENCH) --shape llama3.2:1b --type Q4_0 --against llama.cpp --only decode,cold_start,peak_memory
+	$(GGUF_BENCH) --shape stories15M --type F32 --against llama.cpp --only decode
+	$(GGUF_BENCH) --shape stories15M --type Q8_0 --against llama.cpp --only decode
+	$(BIN)/python bench/report.py
+
 bench: $(VENV)/core.stamp $(VENV)/dev.stamp ## measure beside transformers, and start-up, size, memory (18 GB of disk, ten minutes)
 	$(BIN)/python bench/decoder.py --record
 	$(BIN)/python bench/startup.py --record
@@ -64,4 +96,4 @@ bench: $(VENV)/core.stamp $(VENV)/dev.stamp ## measure beside transformers, and 
 	$(BIN)/python bench/report.py
 
 clean: ## remove the environment and what was built
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
