@@ -30,8 +30,11 @@ def row_of(found: dict[str, Any]) -> dict[str, Any]:
     for each in found["pairs"]:
         figures = {key: each[key] for key in ("median", "low", "high", "pairs")}
         works[each["work"]].setdefault("ratio_to", {})[each["against"]] = figures
+    if "load" in works:  # the machine's load has that name in every row
+        works["loading"] = works.pop("load")
     versions = {each["engine"]: each["version"] for each in found["results"]}
-    facts = {key: found[key] for key in ("model", "type", "weights_bytes", "threads", "machine")}
+    facts = {key: found[key] for key in ("model", "type", "weights_bytes", "threads")}
+    facts["limits"] = found["machine"]
     return {"question": f"gguf {found['model']} {found['type']}", **facts, "versions": versions, **works}
 
 

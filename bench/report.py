@@ -1,4 +1,4 @@
-"""Writes RESULTS.md from results/*.jsonl: the newest row of each question, as a table with its pedigree.
+"""Writes RESULTS.md from results/*.jsonl: the newest row of each question and set of figures, with its pedigree.
 
 python bench/report.py
 """
@@ -32,11 +32,12 @@ def main() -> None:
         "",
     ]
     for file in sorted((HERE / "results").glob("*.jsonl")):
-        row = json.loads(file.read_text().splitlines()[-1])
-        pedigree = {key: row.pop(key) for key in ("commit", "command", "machine", "date", "load")}
-        parts += [f"## {row.pop('question')}", "", "| figure | value |", "|---|---|"]
-        parts += [f"| {name} | {shown(value)} |" for name, value in flat(row)]
-        parts += ["", ", ".join(f"{key}: {value}" for key, value in pedigree.items()), ""]
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for row in {tuple(sorted(row)): row for row in rows}.values():
+            pedigree = {key: row.pop(key) for key in ("commit", "command", "machine", "date", "load")}
+            parts += [f"## {row.pop('question')}", "", "| figure | value |", "|---|---|"]
+            parts += [f"| {name} | {shown(value)} |" for name, value in flat(row)]
+            parts += ["", ", ".join(f"{key}: {value}" for key, value in pedigree.items()), ""]
     (HERE / "RESULTS.md").write_text("\n".join(parts))
 
 
