@@ -18,7 +18,7 @@ $(VENV)/python.stamp:
 	@touch $@
 
 $(VENV)/core.stamp: $(VENV)/python.stamp $(SOURCES)
-	@echo 'Installing Puna (compiling its kernels takes half a minute on two cores) ...' >&2
+	@echo 'Installing Puna (compiling its kernels takes most of a minute on two cores) ...' >&2
 	$(BIN)/python -m pip install --quiet --group build
 	$(BIN)/python -m pip install --quiet --no-build-isolation .
 	@touch $@
