@@ -50,7 +50,7 @@ test-peers: $(VENV)/core.stamp $(VENV)/dev.stamp ## have other engines (CTransla
 	$(BIN)/python -m pip install --quiet --group peers
 	$(BIN)/python -m pytest -m peers
 
-test-sanitize: $(VENV)/core.stamp $(VENV)/dev.stamp ## the kernels under the address and undefined-behaviour sanitizers
+test-sanitize: $(VENV)/core.stamp $(VENV)/dev.stamp ## the kernels under the address, undefined-behaviour and thread sanitizers
 	$(BIN)/python -m pip install --quiet --group build
 	$(BIN)/python -m pytest -m sanitize
 

@@ -20,9 +20,11 @@ import numpy.typing as npt
 import pytest
 
 from puna import LLM
-from puna.engine.native_runner import host_runner, native_decoder
+from puna.engine.native_runner import host_runner
+from puna.engine.runner import Batch
 from puna.kernels import ops
 from puna.kernels.blocks import TYPES
+from puna.kernels.layouts import page_table
 from puna.models import decoder, llama3
 from puna.text.tokenizer import load_tokenizer
 from puna.text.tokenizer_llama2c import Llama2cTokenizer
@@ -50,9 +52,9 @@ def unpacked(kind: str, data: npt.NDArray[np.uint8]) -> Floats:
     return values
 
 
-def random_model(kind: str, path: Path) -> dict[str, Floats]:
+def random_model(kind: str, path: Path, seed: int = 5) -> dict[str, Floats]:
     """A model of random blocks of `kind`, 256 wide; gives its numbers by GGUF's names."""
-    random = np.random.default_rng(5)
+    random = np.random.default_rng(seed)
     pool = random.integers(0, 256, (20_000, TYPES[kind].size), np.uint8)
     values = unpacked(kind, pool)
     with np.errstate(all="ignore"):
@@ -73,13 +75,12 @@ def random_model(kind: str, path: Path) -> dict[str, Floats]:
     return numbers
 
 
-def exact_logits(path: Path, numbers: dict[str, Floats]) -> Floats:
+def exact_logits(path: Path, numbers: dict[str, Floats], of: list[int] = TEXT_IDS) -> Floats:
     """Float32 logits over the unpacked numbers, by the NumPy reference."""
     ops.select("reference")
     config = open_checkpoint(path).config
     weights = decoder.build(config, lambda name: numbers[names.foreign(name, "gguf")])
-    ids = np.array([TEXT_IDS], np.int32)
-    hidden = decoder.forward(weights, config, ids, np.arange(ids.size, dtype=np.int32)[None])
+    hidden = decoder.forward(weights, config, np.array([of], np.int32))
     logits: Floats = decoder.logits(weights, hidden)[0]
     return logits
 
@@ -171,42 +172,64 @@ def llama_cpp(path: Path, **options: Any) -> Any:
     return llama_cpp.Llama(str(path), n_ctx=512, n_threads=2, logits_all=True, verbose=False, **options)
 
 
-def their_logits(path: Path, ids: list[int]) -> Floats:
-    engine = llama_cpp(path, type_k=0, type_v=0)  # a cache of float32, as ours
+def their_logits(path: Path, ids: list[int], engine: Any = None) -> Floats:
+    engine = engine or llama_cpp(path, type_k=0, type_v=0)  # a cache of float32, as ours
+    engine.reset()
     engine.eval(ids)
     return np.array(engine.scores[: len(ids)], np.float32)
+
+
+def geometric_mean(ours: list[float], theirs: list[float]) -> float:
+    """Of the ratios of paired distances. Both engines' errors are chance: one pair says 0.7 as easily as 1.4."""
+    return float(np.exp(np.mean(np.log(np.array(ours) / np.array(theirs)))))
 
 
 @pytest.mark.peers
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_packed_type_is_as_near_as_llama_cpp(kind: str, tmp_path: Path) -> None:
-    expected = exact_logits(tmp_path / "a.gguf", random_model(kind, tmp_path / "a.gguf"))
-    theirs = divergence(expected, their_logits(tmp_path / "a.gguf", TEXT_IDS))
-    ours = divergence(expected, LLM(tmp_path / "a.gguf").logits(TEXT_IDS))
-    assert theirs < 0.05  # the same file, the same model
-    assert ours < 1e-3
-    assert ours <= 1.2 * theirs
+    """Over two models and eight texts of each; the mean of sixteen ratios is within 5 % of what more would give."""
+    ours, theirs = [], []
+    random = np.random.default_rng(3)
+    for seed in (5, 6):
+        path = tmp_path / f"{seed}.gguf"
+        numbers = random_model(kind, path, seed)
+        texts = [TEXT_IDS, *([1, *map(int, random.integers(3, 250, 39))] for _ in range(7))]
+        expected = [exact_logits(path, numbers, ids) for ids in texts]
+        llm, engine = LLM(path, kernels="auto"), llama_cpp(path, type_k=0, type_v=0)
+        ours += [divergence(want, llm.logits(ids)) for want, ids in zip(expected, texts, strict=True)]
+        theirs += [divergence(want, their_logits(path, ids, engine)) for want, ids in zip(expected, texts, strict=True)]
+    assert max(theirs) < 0.05  # the same file, the same model
+    assert max(ours) < 1e-3
+    assert geometric_mean(ours, theirs) < 1.05
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K_M"])
 def test_a_prefill_over_a_cache_is_as_near_as_llama_cpp(kind: str, tmp_path: Path) -> None:
-    """Each with the cache it chooses, and more tokens than decode attention takes."""
+    """Each with the cache it chooses, and more tokens than decode attention takes; twelve texts of `cria`'s kind.
+
+    Beside packed weights prefill attention rounds to bfloat16, which costs up to 6 % of their distance (docs/notes).
+    """
     path = convert(embedded_folder(), tmp_path / "a.gguf", to="gguf", dtype=kind).path
-    text = "Once upon a time there was a little girl named Lily. She liked to play in the park with her red ball. "
-    ids = load_tokenizer(embedded_folder() / "tokenizer.json").encode(text * 6)[:150]
-    expected = LLM(path, kernels="reference").logits(ids)
+    story = "Once upon a time there was a little girl named Lily. She liked to play in the park with her red ball. "
+    ids = load_tokenizer(embedded_folder() / "tokenizer.json").encode(story * 2)
+    texts = [[*ids[at:], *ids[:at]] * 4 for at in range(0, 48, 4)]
+    exact = LLM(path, kernels="reference")
+    expected = [exact.logits(text[:150]) for text in texts]
     ops.select("auto")
     checkpoint = open_checkpoint(path)
     weights, _ = load_weights(checkpoint)
-    cache = host_runner(checkpoint.config, weights).empty_cache(1, len(ids))
-    every = np.arange(len(ids), dtype=np.int32)
-    served = native_decoder(checkpoint.config, weights)
-    got = served.logits(np.array([ids], np.int32), every[None], cache.keys, cache.values, rows=every)
     engine = llama_cpp(path)
-    engine.eval(ids)
-    theirs = divergence(expected, np.array(engine.scores[: len(ids)], np.float32))
-    assert divergence(expected, got) <= 1.2 * theirs
+    runner = host_runner(checkpoint.config, weights)
+    pages = -(-150 // runner.page)
+    runner.allocate(pages)
+    table = page_table([0], [150], np.arange(pages)[None])
+    ours, theirs = [], []
+    for want, text in zip(expected, texts, strict=True):
+        batch = Batch(np.array(text[:150], np.int32), table, np.arange(150, dtype=np.int32))
+        ours.append(divergence(want, runner.run(batch)))
+        theirs.append(divergence(want, their_logits(path, text[:150], engine)))
+    assert geometric_mean(ours, theirs) < 1.1
 
 
 @pytest.mark.peers

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from puna.kernels.layouts import PageTable, page_table
 from puna.models import decoder
 from puna.models.config import DecoderConfig, read_meta
 from puna.models.tree import DecoderWeights, tree_map
@@ -171,13 +172,16 @@ def test_logits(kernels: str, case: str, start: int) -> None:
     def zeros(shape: tuple[int, ...]) -> Any:
         return torch.zeros(shape) if kernels == "torch" else np.zeros(shape, np.float32)
 
-    cache = decoder.make_cache(config, 1, capacity, zeros)
+    page = 16
+    cache = decoder.make_cache(config, -(-capacity // page), page, zeros)
+    pages = np.random.default_rng(1).permutation(-(-capacity // page))[None]
     for first, last in [(0, 21), *((i, i + 1) for i in range(21, 26))]:
         tokens = ids[:, first:last].copy()
         wanted = meta(torch.from_numpy(tokens), start + first).numpy()
-        inputs: tuple[Any, Any] = tokens, np.arange(start + first, start + last, dtype=np.int32)[None]
+        step: Any = tokens[0]
+        table = page_table([start + first], [last - first], pages)
         if kernels == "torch":
-            inputs = tuple(map(torch.from_numpy, inputs))  # type: ignore[assignment]
-        found = np.asarray(decoder.logits(weights, decoder.forward(weights, config, *inputs, cache)))
+            step, table = torch.from_numpy(step), PageTable(*map(torch.from_numpy, table))
+        found = np.asarray(decoder.logits(weights, decoder.forward(weights, config, step, table, cache)))[None]
         assert found.shape == wanted.shape
         assert np.abs(found - wanted).max() < LIMIT * np.abs(wanted).max()

@@ -26,6 +26,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from puna.kernels import ops
+from puna.kernels.layouts import PageTable, page_table
 from puna.models import decoder, llama1, llama2, llama3
 from puna.models.config import DecoderConfig, read_hub
 from puna.models.tree import DecoderWeights, KVCache, leaves, tree_map
@@ -33,6 +34,7 @@ from puna.weights import names
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
+PAGE = 16
 SPANS = {"short": (11, 6, 9), "past-original-context": (83, 70, 77)}
 FP32_LIMIT = 1e-4
 NOISE = 1.25
@@ -41,49 +43,53 @@ row, while the mean over all models is 1.00, which `test_rounding_is_no_worse_th
 
 
 class Ours:
-    """A model of Puna on one kind of array, fed with NumPy ids and positions: logits come back as NumPy."""
+    """A model of Puna on one kind of array, fed with NumPy ids and tables: logits come back as NumPy."""
 
     def __init__(self, config: DecoderConfig, weights: DecoderWeights) -> None:
         self.config, self.weights = config, weights
         self.torch = isinstance(weights.norm, torch.Tensor)
 
-    def cache(self, batch: int, capacity: int) -> KVCache:
+    def cache(self, pages: int) -> KVCache:
         def zeros(shape: tuple[int, ...]) -> Any:
             return torch.zeros(shape, dtype=self.weights.norm.dtype) if self.torch else np.zeros(shape, np.float32)
 
-        return decoder.make_cache(self.config, batch, capacity, zeros)
+        return decoder.make_cache(self.config, pages, PAGE, zeros)
 
     @torch.no_grad()
-    def __call__(self, tokens: Ints, positions: Ints, cache: KVCache | None) -> Floats:
-        """[B, T] twice → logits [B, T, V]."""
-        inputs = (torch.from_numpy(tokens), torch.from_numpy(positions)) if self.torch else (tokens, positions)
-        scores = decoder.logits(self.weights, decoder.forward(self.weights, self.config, *inputs, cache))
+    def __call__(self, tokens: Ints, table: PageTable | None = None, cache: KVCache | None = None) -> Floats:
+        """[N] with a table, or [B, T] → logits [N or B, T, V]."""
+        ids: Any = tokens
+        if self.torch:
+            ids = torch.from_numpy(tokens)
+            table = None if table is None else PageTable(*map(torch.from_numpy, table))
+        scores = decoder.logits(self.weights, decoder.forward(self.weights, self.config, ids, table, cache))
         result: Floats = scores.float().numpy() if self.torch else scores
         assert result.dtype == np.float32
         return result
 
 
-def whole(length: int) -> Ints:
-    return np.arange(length, dtype=np.int32)[None]
+def pages_for(rows: list[Ints]) -> Ints:
+    """Pages for each row, in no order: [rows, pages of the longest]."""
+    each = -(-max(map(len, rows)) // PAGE)
+    return np.random.default_rng(4).permutation(len(rows) * each).astype(np.int32).reshape(len(rows), each)
 
 
 def prefill(model: Ours, rows: list[Ints]) -> list[Floats]:
-    """Each row at once, into a cache with room to spare."""
-    return [model(row[None], whole(len(row)), model.cache(1, len(row) + 5))[0] for row in rows]
+    """Each row at once, into a cache of its own."""
+    return [in_pieces(model, row, [len(row)]) for row in rows]
 
 
 def no_cache(model: Ours, rows: list[Ints]) -> list[Floats]:
     """Whole stretches, as training has them: the rows, cut to one length, in one batch."""
     length = min(map(len, rows))
-    batch = np.stack([row[:length] for row in rows])
-    return list(model(batch, np.repeat(whole(length), len(rows), 0), None))
+    return list(model(np.stack([row[:length] for row in rows])))
 
 
 def in_pieces(model: Ours, row: Ints, sizes: list[int]) -> Floats:
-    cache, parts, start = model.cache(1, len(row)), [], 0
+    pages, parts, start = pages_for([row]), [], 0
+    cache = model.cache(pages.size)
     for size in sizes:
-        piece = row[None, start : start + size]
-        parts.append(model(np.ascontiguousarray(piece), whole(len(row))[:, start : start + size].copy(), cache)[0])
+        parts.append(model(row[start : start + size].copy(), page_table([start], [size], pages), cache))
         start += size
     assert start == len(row)
     return np.concatenate(parts)
@@ -100,67 +106,72 @@ def chunked(model: Ours, rows: list[Ints]) -> list[Floats]:
     return [in_pieces(model, row, [1, 4, 2, len(row) - 10, 3])]
 
 
-def padded(rows: list[Ints], *, left: bool) -> tuple[Ints, Ints]:
-    """Tokens and positions [B, T] of rows filled up to one length; what stands in for a token is a real id."""
-    width = max(map(len, rows)) + 2
-    tokens = np.full((len(rows), width), 7, np.int32)
-    positions = np.full((len(rows), width), -1, np.int32)
-    for i, row in enumerate(rows):
-        where = slice(width - len(row), width) if left else slice(0, len(row))
-        tokens[i, where], positions[i, where] = row, whole(len(row))
-    return tokens, positions
+def step(
+    model: Ours, rows: list[Ints], at: list[int], counts: list[int], pages: Ints, cache: KVCache
+) -> dict[int, Floats]:
+    """The next `counts[i]` tokens of each row, in one call; those with none are not in it. Moves `at` on."""
+    busy = [i for i, count in enumerate(counts) if count]
+    tokens = np.concatenate([rows[i][at[i] : at[i] + counts[i]] for i in busy])
+    table = page_table([at[i] for i in busy], [counts[i] for i in busy], pages[busy])
+    found = np.split(model(tokens, table, cache), table.starts[1:-1])
+    for i in busy:
+        at[i] += counts[i]
+    return dict(zip(busy, found, strict=True))
 
 
-def batched(model: Ours, rows: list[Ints], *, left: bool) -> list[Floats]:
-    tokens, positions = padded(rows, left=left)
-    scores = model(tokens, positions, model.cache(len(rows), max(map(len, rows))))
-    return [scores[i, positions[i] >= 0] for i in range(len(rows))]
-
-
-def padded_right(model: Ours, rows: list[Ints]) -> list[Floats]:
-    """All rows in one call, padding after them."""
-    return batched(model, rows, left=False)
-
-
-def padded_left(model: Ours, rows: list[Ints]) -> list[Floats]:
-    """All rows in one call, padding before them."""
-    return batched(model, rows, left=True)
+def ragged(model: Ours, rows: list[Ints]) -> list[Floats]:
+    """All rows in one call."""
+    pages = pages_for(rows)
+    found = step(model, rows, [0] * len(rows), [len(row) for row in rows], pages, model.cache(pages.size))
+    return [found[i] for i in range(len(rows))]
 
 
 def staggered(model: Ours, rows: list[Ints]) -> list[Floats]:
-    """A padded prefill of all but four tokens, then steps of the whole batch, a different row idle at each of three."""
-    last = 4
-    heads = [row[:-last] for row in rows]
-    tokens, positions = padded(heads, left=True)
-    cache = model.cache(len(rows), max(map(len, rows)))
-    scores = model(tokens, positions, cache)
-    found = [[scores[i, positions[i] >= 0]] for i in range(len(rows))]
-    at = [len(head) for head in heads]
-    for step in range(last + 1):
-        busy = [i for i in range(len(rows)) if i != step % (last + 1) and at[i] < len(rows[i])]
-        tokens = np.array([[rows[i][at[i]] if i in busy else 5] for i in range(len(rows))], np.int32)
-        positions = np.array([[at[i] if i in busy else -1] for i in range(len(rows))], np.int32)
-        scores = model(tokens, positions, cache)
-        for i in busy:
-            found[i].append(scores[i])
-            at[i] += 1
+    """A prefill of all but four tokens, then steps in which another row is idle each time."""
+    last, pages = 4, pages_for(rows)
+    cache, at = model.cache(pages.size), [0] * len(rows)
+    found = [
+        [part] for _, part in sorted(step(model, rows, at, [len(row) - last for row in rows], pages, cache).items())
+    ]
+    for idle in range(last + 1):
+        counts = [int(i != idle % (last + 1) and at[i] < len(row)) for i, row in enumerate(rows)]
+        for i, part in step(model, rows, at, counts, pages, cache).items():
+            found[i].append(part)
     assert at == [len(row) for row in rows]
     return [np.concatenate(parts) for parts in found]
 
 
-def prefix_cached(model: Ours, rows: list[Ints]) -> list[Floats]:
-    """The first row, its beginning computed elsewhere and its keys and values copied in."""
+def decoding_beside_a_prompt(model: Ours, rows: list[Ints]) -> list[Floats]:
+    """The first row's last tokens one by one, while the others' prompts come in parts."""
+    pages, at = pages_for(rows), [0] * len(rows)
+    cache = model.cache(pages.size)
+    found: list[list[Floats]] = [[] for _ in rows]
+    steps = [[len(rows[0]) - 3, *(0 for _ in rows[1:])]]
+    steps += [[1, *(len(row) // 3 for row in rows[1:])], [1, *(len(row) // 3 for row in rows[1:])]]
+    steps += [[1, *(len(row) - 2 * (len(row) // 3) for row in rows[1:])]]
+    for counts in steps:
+        for i, part in step(model, rows, at, counts, pages, cache).items():
+            found[i].append(part)
+    assert at == [len(row) for row in rows]
+    return [np.concatenate(parts) for parts in found]
+
+
+def prefix_shared(model: Ours, rows: list[Ints]) -> list[Floats]:
+    """The first row, its beginning computed as another sequence, whose pages it reads, and copies where it writes."""
     row, shared = rows[0], len(rows[0]) // 2
-    source, target = model.cache(1, shared), model.cache(1, len(row) + 3)
-    first = model(row[None, :shared].copy(), whole(shared), source)[0]
-    for old, new in zip((*source.keys, *source.values), (*target.keys, *target.values), strict=True):
-        new[:, :shared] = old
-    rest = model(row[None, shared:].copy(), whole(len(row))[:, shared:].copy(), target)[0]
+    pages = pages_for([row, row])
+    cache = model.cache(pages.size)
+    first = model(row[:shared].copy(), page_table([0], [shared], pages[:1]), cache)
+    own = pages[1].copy()
+    own[: shared // PAGE] = pages[0, : shared // PAGE]
+    for array in (*cache.keys, *cache.values):
+        array[own[shared // PAGE]] = array[pages[0, shared // PAGE]]
+    rest = model(row[shared:].copy(), page_table([shared], [len(row) - shared], own[None]), cache)
     return [np.concatenate([first, rest])]
 
 
 WAYS: tuple[Callable[[Ours, list[Ints]], list[Floats]], ...] = (
-    prefill, no_cache, token_by_token, chunked, padded_right, padded_left, staggered, prefix_cached,
+    prefill, no_cache, token_by_token, chunked, ragged, staggered, decoding_beside_a_prompt, prefix_shared,
 )  # fmt: skip
 
 
@@ -216,8 +227,7 @@ def test_gradients(oracle: Any, case: str) -> None:
     del ours["inv_freq"]
     theirs = dict(known.model.named_parameters())
     assert len(ours) == len(theirs)
-    positions = torch.arange(length, dtype=torch.int32).expand(2, -1)
-    hidden = decoder.forward(known.tensors, known.config, batch.int(), positions)
+    hidden = decoder.forward(known.tensors, known.config, batch.int())
     our_loss, their_loss = loss(decoder.logits(known.tensors, hidden)), loss(known.model(batch).logits)
     assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-5)
     found = dict(zip(ours, torch.autograd.grad(our_loss, list(ours.values())), strict=True))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,10 +26,26 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from puna.kernels import ops
 from puna.kernels import reference as ref
 from puna.kernels.blocks import TYPES
 from puna.kernels.encode import KINDS
-from puna.kernels.layouts import BF16, Packed, Weight, convert, empty_cache, to_bf16, to_float32, words
+from puna.kernels.layouts import (
+    BF16,
+    Packed,
+    PageTable,
+    Weight,
+    convert,
+    empty_cache,
+    page_table,
+    to_bf16,
+    to_float32,
+    words,
+)
+from puna.models import decoder
+from puna.models.config import DecoderConfig
+from puna.models.rope import Rope
+from puna.models.tree import KVCache
 
 DTYPES = ("fp32", "fp16", "bf16")
 FLOAT32 = 2e-6
@@ -101,14 +117,25 @@ def packed(kind: str, rows: int, columns: int) -> Packed:
 
 
 def quantized(x: npt.NDArray[np.float32], kind: str) -> npt.NDArray[np.float64]:
-    """Activations as they meet packed weights: 8 bits with a scale for each block, of 32 or 256 as in `kind`."""
+    """Activations as they meet packed weights: 8 bits with a scale for each block, of 32 or 256 as in `kind`.
+
+    In a block of 256, 16 neighbours add up to 1,023 at most, signs aside; else its scale is made larger.
+    """
     rows, columns = x.shape
     block = TYPES[kind].block if kind in TYPES else 32
     parts = np.pad(x, ((0, 0), (0, -columns % block))).reshape(rows, -1, block)
     most = np.max(np.abs(parts), axis=-1, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        integers = np.where(most > 0, np.rint(parts * (np.float32(127) / most)), 0)
-    return (integers * (most / np.float32(127)).astype(np.float64)).reshape(rows, -1)[:, :columns]
+
+    def integers() -> npt.NDArray[np.float32]:
+        numbers: npt.NDArray[np.float32] = np.rint(
+            parts * np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
+        )
+        return numbers
+
+    if block == 256:
+        sums = np.abs(integers()).reshape(*parts.shape[:2], 16, 16).sum(axis=-1).max(axis=-1, keepdims=True)
+        most = np.where(sums > 1023, most * (sums / np.float32(1000)), most).astype(np.float32)
+    return (integers() * (most / np.float32(127)).astype(np.float64)).reshape(rows, -1)[:, :columns]
 
 
 def embedding() -> Iterator[Case]:
@@ -201,54 +228,57 @@ def rope() -> Iterator[Case]:
 
 
 ATTENTION = (
-    (1, 19, 19, 1, 1, 1), (2, 19, 19, 6, 2, 20), (1, 1, 23, 8, 8, 5), (2, 1, 700, 4, 2, 16), (2, 3, 150, 20, 4, 80),
-    (1, 40, 200, 3, 3, 33), (2, 2, 1100, 4, 2, 32), (1, 130, 130, 2, 1, 64), (1, 9, 70, 4, 2, 96),
+    ((0,), (19,), 16, 1, 1, 1), ((0, 3), (19, 16), 16, 6, 2, 20), ((22,), (1,), 16, 8, 8, 5),
+    ((699, 20), (1, 1), 128, 4, 2, 16), ((147, 3, 40), (3, 3, 40), 48, 20, 4, 80), ((160,), (40,), 16, 3, 3, 33),
+    ((1098, 1000), (2, 70), 64, 4, 2, 32), ((0,), (130,), 144, 2, 1, 64), ((61, 0), (9, 1), 32, 4, 2, 96),
 )  # fmt: skip
-"""Sequences, new tokens, cached tokens, heads, key/value heads, head size."""
+"""First positions, tokens, page, heads, key/value heads, head size."""
 
 
 CACHES = ("fp32", "fp16", "bf16", "q8_0")
 
 
-def filled(kv_type: str, B: int, S: int, G: int, D: int, seed: int) -> Any:
+def filled(kv_type: str, pages: int, page: int, G: int, D: int, seed: int) -> Any:
     """A KV cache of random numbers."""
-    cache = empty_cache(kv_type, (B, S, G, D))
-    words(cache)[...] = ref.to_cache(normal(B, S, G, D, seed=seed), cache)
+    cache = empty_cache(kv_type, (pages, page, G, D))
+    words(cache)[...] = ref.to_cache(normal(pages, page, G, D, seed=seed), cache)
     return cache
+
+
+def laid_out(first: Sequence[int], counts: Sequence[int], page: int) -> PageTable:
+    """A table of shuffled pages, as few as can be: the cache ends with one that is read."""
+    width = max(-(-(at + count) // page) for at, count in zip(first, counts, strict=True))
+    pages = np.random.default_rng(9).permutation(len(first) * width).reshape(len(first), width)
+    return page_table(first, counts, pages)
 
 
 def write_kv() -> Iterator[Case]:
     for kv_type in CACHES:
         for D in (32, 96) if kv_type == "q8_0" else (5, 32, 33):
-            B, T, S, G = 2, 3, 6, 2
-            before = [filled(kv_type, B, S, G, D, seed) for seed in (0, 1)]
-            after = [filled(kv_type, B, S, G, D, seed) for seed in (0, 1)]
-            k, v = (normal(B, T, G, D, seed=seed) * 1.01 for seed in (2, 3))  # what no cache but float32 holds
-            k[0, 0, 0, :5] = (0, -0.0, 7e4, 1e-7, 65519)
-            k[1, 1, 0] = 0
-            positions = np.array([[0, 5, -1], [-1, 3, 4]], np.int32)
-            ref.write_kv(after[0], after[1], k, v, positions)
-            yield Case("write_kv", (B, T, S, G, D), 0, (*before, k, v, positions), tuple(after))
+            table, page, G = laid_out((14, 3), (4, 2), 16), 16, 2
+            before = [filled(kv_type, table.pages.size, page, G, D, seed) for seed in (0, 1)]
+            after = [filled(kv_type, table.pages.size, page, G, D, seed) for seed in (0, 1)]
+            k, v = (normal(6, G, D, seed=seed) * 1.01 for seed in (2, 3))  # what no cache but float32 holds
+            k[0, 0, :5] = (0, -0.0, 7e4, 1e-7, 65519)
+            k[4, 0] = 0
+            ref.write_kv(after[0], after[1], k, v, table)
+            yield Case("write_kv", (*table.pages.shape, page, G, D), 0, (*before, k, v, *table), tuple(after))
 
 
 def attention() -> Iterator[Case]:
     for kv_type in CACHES:
-        for B, T, S, H, G, D in ATTENTION:
+        for first, counts, page, H, G, D in ATTENTION:
             if kv_type == "q8_0" and D % 32:
                 continue
-            q, k, v = normal(B, T, H, D), *(filled(kv_type, B, S, G, D, seed) for seed in (1, 2))
-            positions = None
-            if T != S:
-                positions = np.tile(np.arange(S - T, S, dtype=np.int32), (B, 1))
-                positions[-1] -= 7
-                if T > 1:
-                    positions[-1, 0] = -1
-            want = ref.attention(q.astype(np.float64), k, v, positions)
-            inputs = (q, k, v, np.zeros(0, np.int32) if positions is None else positions)
-            # AVX-512 BF16 may round the queries and the weights of a prefill where the cache is not float32.
+            table, q = laid_out(first, counts, page), normal(sum(counts), H, D)
+            k, v = (filled(kv_type, table.pages.size, page, G, D, seed) for seed in (1, 2))
+            want = ref.attention(q.astype(np.float64), k, v, table)
+            # AVX-512 BF16 may round the queries and the weights of a prefill where the cache is not float32, and rounds
+            # those of decode to 15 bits over Q8_0.
             for rounds in (0, 1):
-                bf16 = 1e-2 if rounds and kv_type != "fp32" else 3e-6
-                yield Case("attention", (B, T, S, H, G, D, rounds), 3e-6, inputs, (f32(want),), bf16)
+                bf16 = 1e-2 if rounds and kv_type != "fp32" else 3e-4 if kv_type == "q8_0" else 3e-6
+                numbers = (*table.pages.shape, page, H, G, D, rounds)
+                yield Case("attention", numbers, 3e-6, (q, k, v, *table), (f32(want),), bf16)
 
 
 def swiglu() -> Iterator[Case]:
@@ -277,6 +307,31 @@ def top_k() -> Iterator[Case]:
         yield Case("top_k", (rows, vocabulary, k), 0, (logits,), ref.top_k(logits, k))
 
 
+def shortlist() -> Iterator[Case]:
+    for rows, vocabulary, k in ((1, 1, 1), (2, 513, 40), (3, 1000, 65), (2, 32003, 65)):
+        logits = normal(rows, vocabulary)
+        logits[-1, vocabulary // 2 + 1 :] = -np.inf
+        scales = np.linspace(0.5, 2, rows, dtype=np.float32)
+        yield Case("shortlist", (rows, vocabulary, k), 5e-6, (logits, scales), ref.shortlist(list(logits), scales, k))
+
+
+def above() -> Iterator[Case]:
+    for rows, vocabulary in ((1, 1), (2, 513), (3, 1000), (2, 32003)):
+        logits = normal(rows, vocabulary)
+        scales, bounds = np.ones(rows, np.float32), np.zeros(rows, np.float32)
+        inputs = (logits, scales, logits.max(axis=1), bounds)
+        yield Case("above", (rows, vocabulary), 5e-6, inputs, (ref.above(list(logits), *inputs[1:]),))
+
+
+def allowed() -> Iterator[Case]:
+    for rows, vocabulary in ((1, 1), (2, 33), (3, 1000), (2, 32003)):
+        logits = normal(rows, vocabulary)
+        rng = np.random.default_rng(vocabulary)
+        masks = rng.integers(0, 1 << 32, (rows, -(-vocabulary // 32)), dtype=np.uint64).astype(np.uint32)
+        wanted = ref.allowed(list(logits), list(masks))
+        yield Case("allowed", (rows, vocabulary), 0, (logits, masks.view(np.int32)), (wanted,))
+
+
 def encode() -> Iterator[Case]:
     for kind in KINDS:
         if TYPES[kind].block == 1:
@@ -288,9 +343,100 @@ def encode() -> Iterator[Case]:
             yield Case("encode", (blocks,), 0, (values,), (Anywhere(kind, ref.encode(kind, values)),))
 
 
+def probe() -> Iterator[Case]:
+    """Nothing is wanted but that no byte beyond the last is read."""
+    for count in (1, 17, 300_001):
+        yield Case("probe", (3,), 0, (normal(count),), (NONE,))
+
+
+FORWARD = (
+    # weights, cache, first positions, tokens, wanted rows (None: all), hidden states
+    ("fp32", "fp32", (0, 3, 20), (19, 1, 6), (2, 5, 18, 19, 25), False), ("fp16", "fp16", (37,), (1,), None, False),
+    ("bf16", "bf16", (0, 0), (3, 40), (), False), ("bf16", "fp32", (5, 0), (1, 16), (0, 16), True),
+    ("fp32", "", (0,), (21,), None, False), ("Q8_0", "q8_0", (0, 30, 31), (18, 1, 1), (17, 18, 19), False),
+    ("Q4_K", "fp16", (16, 2), (3, 2), None, False), ("Q6_K", "", (0,), (9,), (3, 4), True),
+)  # fmt: skip
+
+
+def forward() -> Iterator[Case]:
+    """Whole forwards over ragged batches, of layers with and without biases, pairs of rope split and side by side."""
+    for index, arguments in enumerate(FORWARD):
+        yield forward_case(index, *arguments)
+
+
+def forward_case(
+    index: int,
+    dtype: str,
+    kv_type: str,
+    first: Sequence[int],
+    counts: Sequence[int],
+    wanted: Sequence[int] | None,
+    hidden: bool,
+) -> Case:
+    block = TYPES[dtype].block if dtype in TYPES else 1
+    D, dim, bias = (32, max(64, block), False) if block > 1 else (8, 44, index % 2 == 0)
+    heads = max(6 * D, block) // D
+    config = DecoderConfig(
+        generation="llama3", vocab_size=53, dim=dim, layers=2, heads=heads, kv_heads=heads // 2, head_dim=D,
+        hidden_dim=max(96, block), norm_eps=1e-5, rope=Rope(D, 10_000.0), context_length=64,
+        attention_bias=bias, mlp_bias=bias, interleaved_rope=index % 2 == 1,
+    )  # fmt: skip
+    shapes, rng = decoder.shapes(config), np.random.default_rng(index)
+
+    def parameter(name: str) -> Weight:
+        shape = shapes[name]
+        if len(shape) == 2 and dtype in TYPES and TYPES[dtype].block > 1:
+            return packed(dtype, *shape)
+        values = rng.standard_normal(shape, dtype=np.float32) * np.float32(0.3) + np.float32(len(shape) == 1)
+        return convert(to_float32(to_bf16(values)), dtype if dtype in DTYPES else "fp32")
+
+    weights, tokens = decoder.build(config, parameter), sum(counts)
+    ids = rng.integers(0, config.vocab_size, tokens).astype(np.int32)
+    table, page, cache = page_table(first, counts, [[0]]), tokens, None
+    before: tuple[Any, ...] = ()
+    if kv_type:
+        table, page = laid_out(first, counts, 16), 16
+
+        def caches() -> list[Any]:
+            shape = (table.pages.size, page, config.kv_heads, D)
+            return [filled(kv_type, *shape, seed) for seed in range(2 * config.layers)]
+
+        before, after = tuple(caches()), caches()
+        cache = KVCache(tuple(after[: config.layers]), tuple(after[config.layers :]))
+    cos, sin = ref.rope_table(np.arange(max(table.positions) + 1, dtype=np.int32), weights.inv_freq)
+    states = decoder.forward(weights, config, ids if kv_type else ids[None], table if kv_type else None, cache)
+    rows = np.arange(tokens, dtype=np.int32) if wanted is None else np.array(wanted, np.int32)
+    want = states.reshape(-1, dim)[rows]
+    if not hidden:
+        want = decoder.logits(weights, want)
+
+    def leaf(weight: Weight | None) -> Any:
+        return NONE if weight is None else anywhere(weight)
+
+    inputs: list[Any] = [ids, cos, sin, *table, rows, np.array([config.norm_eps], np.float32)]
+    inputs += [leaf(weights.embedding), leaf(weights.norm), leaf(weights.head)]
+    for layer in weights.layers:
+        inputs.append(leaf(layer.attention_norm))
+        for linear in (layer.q, layer.k, layer.v, layer.o):
+            inputs += [leaf(linear.weight), leaf(linear.bias)]
+        inputs.append(leaf(layer.mlp_norm))
+        for linear in (layer.gate, layer.up, layer.down):
+            inputs += [leaf(linear.weight), leaf(linear.bias)]
+    numbers = (
+        *table.pages.shape, page, config.vocab_size, dim, heads, config.kv_heads, D, config.hidden_dim,
+        config.layers, config.interleaved_rope, hidden,
+    )  # fmt: skip
+    # Beside packed weights the activations are rounded to 8 bits, layer by layer.
+    tolerance = 1e-1 if block > 1 else 2e-5 if kv_type in ("", "fp32") else 2e-3
+    return Case("forward", numbers, tolerance, (*inputs, *before), (want,), max(tolerance, 5e-2))
+
+
 def cases() -> Iterator[Case]:
     """Every case, small ones of an op first."""
-    for op in (embedding, rms_norm, linear, linear_packed, rope, write_kv, attention, swiglu, argmax, top_k, encode):
+    for op in (
+        embedding, rms_norm, linear, linear_packed, rope, write_kv, attention, swiglu, argmax, top_k, shortlist, above,
+        allowed, encode, probe, forward,
+    ):  # fmt: skip
         yield from op()
 
 
@@ -320,4 +466,5 @@ def write(path: Path) -> int:
 
 
 if __name__ == "__main__":
+    ops.select("reference")
     print(f"{write(Path(sys.argv[1]))} cases")

@@ -1,9 +1,12 @@
 // Runs recorded cases through the table of every instruction set of this build that the machine has, without Python:
 //
 //     driver CASES [THREADS]
+//     driver regions SECONDS [THREADS]
 //
 // CASES is a file of tests/native/cases.py, which describes the format. A line for each case that fails, one for each
-// instruction set, and exit status 1 if anything failed or could not be read.
+// instruction set, and exit status 1 if anything failed or could not be read. `regions` has the thread pool run regions
+// whose threads end and sleep at any moment, for so long; what it has lost shows as status 1, or as a call that never
+// returns.
 //
 // What it is: what a cross-compiled build runs under an emulator, and what the sanitizers watch.
 // What it is not: a second definition of the ops; the expected numbers come from puna.kernels.reference.
@@ -13,6 +16,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <csignal>
 #include <cstdio>
@@ -23,6 +28,7 @@
 #include <utility>
 #include <vector>
 
+#include "forward.h"
 #include "kernels.h"
 #include "pool.h"
 #include "tables.h"
@@ -186,6 +192,88 @@ std::string other_ways(const Kernels& k, const Case& c, const float* y) {
     return std::memcmp(y, first.data(), row) ? "the first row alone gives other bits" : "";
 }
 
+// What is wrong with a result; empty where nothing is.
+std::string mismatch(const Array& wanted, const Guarded& got, double tolerance) {
+    if (std::memcmp(wanted.memory.data(), got.data(), got.bytes()) == 0) return "";
+    if (wanted.type != F32) return "other bits";
+    const float *want = wanted.floats(), *have = (const float*)got.data();
+    int64_t count = (int64_t)got.bytes() / 4;
+    double scale = 1e-30;
+    for (int64_t i = 0; i < count; i++)
+        if (std::isfinite(want[i])) scale = std::fmax(scale, std::fabs(want[i]));
+    for (int64_t i = 0; i < count; i++) {
+        bool same = std::isnan(want[i]) ? std::isnan(have[i]) : want[i] == have[i];
+        double error = same ? 0 : std::fabs((double)have[i] - want[i]) / scale;
+        if (!(error <= tolerance))
+            return "[" + std::to_string(i) + "] is " + std::to_string(have[i]) + ", not " + std::to_string(want[i]);
+    }
+    return "";
+}
+
+// The table of a case: [sequences, width], page in its numbers, the arrays from the given one on.
+PageTable page_table(const Case& c, size_t at) {
+    const std::vector<Array>& in = c.inputs;
+    return {in[at].ints(), in[at + 1].ints(), in[at + 2].ints(), c.numbers[0], c.numbers[1], c.numbers[2]};
+}
+
+// A whole forward, from panels where weights are packed. Numbers: sequences, width, page, vocabulary, dim, heads,
+// kv_heads, D, hidden, layers, interleaved, whether hidden states are wanted. Inputs: ids, cos, sin, positions, starts,
+// pages, wanted, epsilon, embedding, norm, head, 16 leaves a layer, then all keys and all values, or no cache.
+void forward(const Kernels& k, const Case& c, float* out) {
+    const std::vector<int64_t>& n = c.numbers;
+    const std::vector<Array>& in = c.inputs;
+    DecoderModel m = {};
+    m.vocabulary = n[3], m.dim = n[4], m.heads = n[5], m.kv_heads = n[6], m.D = n[7], m.hidden = n[8];
+    m.interleaved = n[10] != 0;
+    m.eps = *in[7].floats();
+    size_t layers = (size_t)n[9], next = 8;
+    std::vector<Guarded> made;  // panels and caches
+    auto vector = [&] { return in[next++].weights(); };
+    auto matrix = [&](int64_t rows, int64_t columns) -> Weights {
+        Weights w = in[next++].weights();
+        if (w.type <= BF16) return w;
+        made.push_back(regrouped(k, w, rows, columns));
+        return {made.back().data(), w.type | PANELS};
+    };
+    auto linear = [&](int64_t rows, int64_t columns) {
+        Weights w = matrix(rows, columns);
+        return DecoderLinear{w, vector()};
+    };
+    m.embedding = matrix(m.vocabulary, m.dim);
+    m.norm = vector();
+    m.head = matrix(m.vocabulary, m.dim);
+    for (size_t i = 0; i < layers; i++) {
+        DecoderLayer layer;
+        layer.attention_norm = vector();
+        layer.q = linear(m.heads * m.D, m.dim);
+        layer.k = linear(m.kv_heads * m.D, m.dim);
+        layer.v = linear(m.kv_heads * m.D, m.dim);
+        layer.o = linear(m.dim, m.heads * m.D);
+        layer.mlp_norm = vector();
+        layer.gate = linear(m.hidden, m.dim);
+        layer.up = linear(m.hidden, m.dim);
+        layer.down = linear(m.dim, m.hidden);
+        m.layers.push_back(layer);
+    }
+    std::vector<Weights> caches;
+    for (; next < in.size(); next++) {
+        made.emplace_back(in[next].memory.bytes(), 0);
+        std::memcpy(made.back().data(), in[next].memory.data(), made.back().bytes());
+        caches.push_back({made.back().data(), in[next].type});
+    }
+    DecoderCall call = {};
+    call.ids = in[0].ints();
+    call.cos = in[1].floats(), call.sin = in[2].floats();
+    call.table = page_table(c, 3);
+    call.wanted = in[6].ints();
+    call.count = (int64_t)in[6].memory.bytes() / 4;
+    call.hidden = n[11] != 0;
+    call.out = out;
+    if (!caches.empty()) call.keys = caches.data(), call.values = caches.data() + layers;
+    Guarded scratch(puna_forward_scratch(m, call) * sizeof(float), 0);
+    puna_forward(k, m, call, (float*)scratch.data(), [] {});
+}
+
 // Calls the op of a case; `got` has the places of its results, as many and as large as the wanted ones. Returns what
 // differs between several ways to the same result.
 std::string call(const Kernels& k, const Case& c, const std::vector<Guarded>& got) {
@@ -211,38 +299,49 @@ std::string call(const Kernels& k, const Case& c, const std::vector<Guarded>& go
     } else if (c.op == "write_kv") {
         for (size_t i = 0; i < 2; i++) std::memcpy(got[i].data(), in[i].memory.data(), got[i].bytes());
         Weights keys = {got[0].data(), in[0].type}, values = {got[1].data(), in[1].type};
-        k.write_kv(keys, values, in[2].floats(), in[3].floats(), in[4].ints(), n[0], n[1], n[2], n[3], n[4]);
+        k.write_kv(keys, values, in[2].floats(), in[3].floats(), page_table(c, 4), n[3], n[4]);
     } else if (c.op == "attention") {
-        k.attention(in[0].floats(), in[1].weights(), in[2].weights(), in[3].ints(), n[0], n[1], n[2], n[3], n[4], n[5], n[6] != 0,
-                    out);
+        auto attend = [&](float* to) {
+            k.attention(in[0].floats(), in[1].weights(), in[2].weights(), page_table(c, 3), n[3], n[4], n[5], n[6] != 0, to);
+        };
+        // The way of few rows for all tokens must come to the same, too: nearer than any rounding to bfloat16.
+        puna_set_invariant(true);
+        attend(out);
+        puna_set_invariant(false);
+        double near = in[1].type == Q8_0 ? 3e-4 : 3e-6;  // VNNI rounds to 15 bits over Q8_0
+        if (std::string what = mismatch(c.wanted[0], got[0], near); !what.empty()) return "invariant: " + what;
+        attend(out);
     } else if (c.op == "swiglu") {
         k.swiglu(in[0].floats(), in[1].floats(), n[0], out);
     } else if (c.op == "argmax") {
         k.argmax(in[0].floats(), n[0], n[1], (int32_t*)out);
     } else if (c.op == "top_k") {
         k.top_k(in[0].floats(), n[0], n[1], n[2], (int32_t*)out, (float*)got[1].data());
+    } else if (c.op == "shortlist" || c.op == "above" || c.op == "allowed") {
+        std::vector<const float*> rows;
+        std::vector<const uint32_t*> masks;
+        for (int64_t row = 0; row < n[0]; row++) {
+            rows.push_back(in[0].floats() + row * n[1]);
+            if (c.op == "allowed") masks.push_back((const uint32_t*)in[1].memory.data() + row * ((n[1] + 31) / 32));
+        }
+        if (c.op == "shortlist")
+            k.shortlist(rows.data(), n[0], n[1], in[1].floats(), n[2], (int32_t*)out, (float*)got[1].data(), (float*)got[2].data());
+        else if (c.op == "above")
+            k.above(rows.data(), n[0], n[1], in[1].floats(), in[2].floats(), in[3].floats(), out);
+        else
+            k.allowed(rows.data(), masks.data(), n[0], n[1], out);
     } else if (c.op == "encode") {
         if (!k.encode(c.wanted[0].type, in[0].floats(), n[0], (uint8_t*)out)) return "a scale does not fit";
+    } else if (c.op == "forward") {
+        forward(k, c, out);
+    } else if (c.op == "probe") {
+        if (k.probe(PROBE_READ, in[0].memory.data(), (int64_t)in[0].memory.bytes()) != (int64_t)in[0].memory.bytes())
+            return "not all was read";
+        for (int what : {PROBE_FP32, PROBE_BF16, PROBE_INT8})
+            if (int64_t products = k.probe(what, nullptr, n[0]); products < 0 || (what == PROBE_FP32 && products == 0))
+                return "no products";
     } else {
         fail("no such op: " + c.op);
-    }
-    return "";
-}
-
-// What is wrong with a result; empty where nothing is.
-std::string mismatch(const Array& wanted, const Guarded& got, double tolerance) {
-    if (std::memcmp(wanted.memory.data(), got.data(), got.bytes()) == 0) return "";
-    if (wanted.type != F32) return "other bits";
-    const float *want = wanted.floats(), *have = (const float*)got.data();
-    int64_t count = (int64_t)got.bytes() / 4;
-    double scale = 1e-30;
-    for (int64_t i = 0; i < count; i++)
-        if (std::isfinite(want[i])) scale = std::fmax(scale, std::fabs(want[i]));
-    for (int64_t i = 0; i < count; i++) {
-        bool same = std::isnan(want[i]) ? std::isnan(have[i]) : want[i] == have[i];
-        double error = same ? 0 : std::fabs((double)have[i] - want[i]) / scale;
-        if (!(error <= tolerance))
-            return "[" + std::to_string(i) + "] is " + std::to_string(have[i]) + ", not " + std::to_string(want[i]);
     }
     return "";
 }
@@ -271,10 +370,61 @@ std::string run(const Table& table, const Case& test) {
     return differs;
 }
 
+// ---- the pool ----
+
+using Clock = std::chrono::steady_clock;
+
+void spend(int64_t microseconds) {
+    for (auto until = Clock::now() + std::chrono::microseconds(microseconds); Clock::now() < until;) continue;
+}
+
+constexpr int MOST_CHUNKS = 16;
+
+struct Region {
+    std::atomic<int> ran[MOST_CHUNKS];
+    int64_t own, others;  // microseconds that a chunk takes the caller, and a worker
+};
+
+void region_chunk(void* data, int64_t chunk, int thread) {
+    Region& region = *(Region*)data;
+    region.ran[chunk].fetch_add(1, std::memory_order_relaxed);
+    spend(thread ? region.others : region.own);
+}
+
+// Regions for so long: half of the time a chunk a thread, one after the other, so that a worker's chunk ends around the
+// moment when the caller, which waits for 50 microseconds, goes to sleep; then more chunks with pauses between, which
+// end around the moment when workers go to sleep. Whether every chunk ran once.
+bool regions(double seconds, int threads) {
+    uint32_t state = 1;
+    auto below = [&](uint32_t bound) { return (state = state * 1664525u + 1013904223u) / 256 % bound; };
+    int64_t count = 0, most = threads < MOST_CHUNKS ? threads : MOST_CHUNKS;
+    auto start = Clock::now();
+    for (;; count++) {
+        double spent = std::chrono::duration<double>(Clock::now() - start).count();
+        if (spent > seconds) break;
+        bool pauses = spent > seconds / 2;
+        Region region = {};
+        int64_t chunks = pauses ? 1 + below(MOST_CHUNKS) : most;
+        region.own = below(5), region.others = 40 + below(40);
+        puna_parallel(chunks, threads, region_chunk, &region);
+        for (int64_t i = 0; i < MOST_CHUNKS; i++)
+            if (region.ran[i] != (i < chunks)) return false;
+        if (pauses && below(2)) spend(below(100));
+        if (pauses && below(8) == 0) usleep(below(200));
+    }
+    std::printf("%lld regions on %d threads\n", (long long)count, threads);
+    return true;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
-    if (count != 2 && count != 3) fail("usage: driver CASES [THREADS]");
+    if (count >= 3 && std::strcmp(arguments[1], "regions") == 0) {
+        int threads = count > 3 ? std::atoi(arguments[3]) : 2;
+        puna_set_threads(threads);
+        return regions(std::atof(arguments[2]), threads) ? 0 : 1;
+    }
+    if (count != 2 && count != 3) fail("usage: driver CASES [THREADS] | driver regions SECONDS [THREADS]");
 #ifndef __SANITIZE_ADDRESS__  // which reports it with the line
     for (int signal : {SIGSEGV, SIGBUS, SIGILL}) std::signal(signal, died);
 #endif

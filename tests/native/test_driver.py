@@ -1,6 +1,7 @@
 """The kernels without Python: under the sanitizers, compiled by Clang, and for Arm under an emulator.
 
-What it is: `driver.cpp` built three ways, each fed the cases that `cases.py` makes of `puna.kernels.reference`.
+What it is: `driver.cpp` built four ways, each fed the cases that `cases.py` makes of `puna.kernels.reference`, and its
+pool small regions by the ten thousand.
 What is surprising: zig, which PyPI has as `ziglang`, is a Clang that cross-compiles with a C library of its own; it
 builds that library for a target when it first meets it, which takes a minute or two.
 """
@@ -57,10 +58,21 @@ def build(name: str, *options: str) -> Path:
 
 
 def run(*command: str | Path) -> list[str]:
-    """Run the driver; the names of the instruction sets it tried. Fails on a mismatch, and where it died."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    """Run the driver; the names of the instruction sets it tried. Fails on a mismatch, and where it died or hung.
+
+    It computes for a minute at most, under the emulator on a busy machine for a few.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return re.findall(r"^(\w+) \(.*\): \d+ cases, 0 failed$", done.stdout, re.MULTILINE)
+
+
+def regions(*driver: str | Path) -> None:
+    """Have the driver's pool run small regions, for some seconds each on as many threads as cores and on more."""
+    for threads in ("2", "3", "8"):
+        done = subprocess.run((*driver, "regions", "5", threads), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        assert done.stdout.endswith(f"regions on {threads} threads\n")
 
 
 @pytest.mark.sanitize
@@ -70,6 +82,16 @@ def test_addresses_and_undefined_behaviour(cases: Path) -> None:
     driver = build("sanitize", "-DCMAKE_BUILD_TYPE=Debug", f"-DCMAKE_CXX_FLAGS={flags}")
     for threads in ("1", "3"):
         assert set(run(driver, cases, threads)) == set(cpu.isas())
+    regions(driver)
+
+
+@pytest.mark.sanitize
+def test_data_races(cases: Path) -> None:
+    """Every instruction set of this machine, on two threads and on five."""
+    driver = build("races", "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS=-fsanitize=thread -g1")
+    for threads in ("2", "5"):
+        assert set(run(driver, cases, threads)) == set(cpu.isas())
+    regions(driver)
 
 
 def build_by_zig(zig: str, name: str, machine: str) -> Path:
@@ -88,7 +110,9 @@ def build_by_zig(zig: str, name: str, machine: str) -> Path:
 @pytest.mark.arm
 def test_clang(cases: Path, zig: str) -> None:
     """Every instruction set of this machine as Clang compiles it, as on a Mac."""
-    assert set(run(build_by_zig(zig, "clang", MACHINE), cases)) == set(cpu.isas())
+    driver = build_by_zig(zig, "clang", MACHINE)
+    assert set(run(driver, cases)) == set(cpu.isas())
+    regions(driver)
 
 
 @pytest.mark.arm
@@ -100,3 +124,5 @@ def test_arm(cases: Path, zig: str) -> None:
     driver = build_by_zig(zig, "arm", "aarch64")
     assert run(emulator, "-cpu", "cortex-a53", driver, cases) == ["neon", "scalar"]
     assert run(emulator, "-cpu", "max", driver, cases) == ["neon", "neon", "scalar"]
+    for processor in ("cortex-a53", "max"):  # without and with the atomic instructions of Armv8.1
+        regions(emulator, "-cpu", processor, driver)

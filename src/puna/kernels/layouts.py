@@ -10,8 +10,9 @@ What is surprising: nothing here copies unless its name says so; the words usual
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -84,10 +85,19 @@ class Packed:
         return f"Packed({self.kind}, {self.shape})"
 
 
-class Panels:
-    """The same matrix [out, in] as the C++ kernels read it fastest: 16 rows side by side, regrouped once on load.
+class Mapped(Packed):
+    """A packed matrix whose `data` is a view of a mapped file, and which is to be regrouped when there is time.
 
-    `data` is uint8 [bytes], aligned to 64. Made by `ops.prepare`, never read from a file.
+    Until then it computes as any `Packed` does: the same bits, slower. Made for types that have a kernel of their own.
+    """
+
+    __slots__ = ()
+
+
+class Panels:
+    """The same matrix [out, in] as the C++ kernels read it fastest: 16 rows side by side, regrouped once.
+
+    `data` is uint8 [bytes], aligned to 64. Made by `ops.prepare` and `ops.prepare_mapped`, never read from a file.
     """
 
     __slots__ = ("data", "kind", "shape")
@@ -103,11 +113,55 @@ class Panels:
         return f"Panels({self.kind}, {self.shape})"
 
 
+class AdapterRows(NamedTuple):
+    """A low-rank addition to a matrix for some rows of x: down [r, in] and up [out, r], the scale in `up`."""
+
+    rows: slice
+    down: Any
+    up: Any
+
+
+class Adapted(NamedTuple):
+    """A matrix, and what LoRA adapters (Hu et al. 2021) add to it for some of the rows of one batch, a part an adapter.
+
+    For a row of x in a part: y = x · baseᵀ + (x · downᵀ) · upᵀ.
+    """
+
+    base: Any
+    parts: tuple[AdapterRows, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
+
+
 Weight = npt.NDArray[np.float32] | npt.NDArray[np.float16] | BF16 | Packed | Panels
 """What `ops.linear` and `ops.embedding` accept as a weight on the host."""
 
 Cache = npt.NDArray[np.float32] | npt.NDArray[np.float16] | BF16 | Packed
-"""A KV cache [B, S, G, D] on the host; `Packed` is Q8_0, its blocks running along D."""
+"""Keys or values on the host, [pages, page, G, D]; `Packed` is Q8_0, its blocks running along D."""
+
+
+class PageTable(NamedTuple):
+    """Where the N tokens of a step stand: B sequences one after another, without padding, and the pages of each.
+
+    A cache is [pages, page, G, D]: position p of sequence b is row p % page of page pages[b, p // page]. Sequences may
+    share pages that none of them writes to. All three arrays are int32, on the host or on the model's device.
+    """
+
+    positions: Any
+    """[N]: of each token in its sequence, ascending by one within a sequence."""
+    starts: Any
+    """[B + 1]: tokens starts[b] to starts[b + 1] are sequence b's, at least one."""
+    pages: Any
+    """[B, P]: entries that no position needs are not read."""
+
+
+def page_table(first: Sequence[int], counts: Sequence[int], pages: npt.ArrayLike) -> PageTable:
+    """The table of sequences whose next `counts[b]` tokens stand at first[b], first[b] + 1, …, in pages [B, P]."""
+    positions = [np.arange(at, at + count, dtype=np.int32) for at, count in zip(first, counts, strict=True)]
+    starts = np.cumsum([0, *counts], dtype=np.int32)
+    return PageTable(np.concatenate(positions), starts, np.ascontiguousarray(pages, np.int32))
 
 
 def empty_cache(kv_type: str, shape: tuple[int, ...]) -> Cache:
@@ -130,9 +184,23 @@ def words(weight: Weight) -> npt.NDArray[Any]:
     return weight.bits if isinstance(weight, BF16) else weight.data if isinstance(weight, Packed | Panels) else weight
 
 
+def mapping(weight: Weight) -> mmap.mmap | None:
+    """The mapped file that a weight is a view of, or None: memory that can be given back and read again."""
+    base: Any = words(weight)
+    while isinstance(base, np.ndarray | memoryview):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    if not isinstance(base, mmap.mmap):
+        return None
+    try:
+        base.size()
+    except OSError:  # anonymous: there is no file
+        return None
+    return base
+
+
 def is_packed(weight: object) -> bool:
     """Whether a weight is blocks of integers, so that its products round what they are given to 8 bits."""
-    return isinstance(weight, Packed | Panels)
+    return isinstance(weight.base if isinstance(weight, Adapted) else weight, Packed | Panels)
 
 
 def dtype_name(weight: Weight) -> str:

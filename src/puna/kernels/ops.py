@@ -19,7 +19,7 @@ import numpy as np
 
 from puna.errors import DeviceError, UsageError
 from puna.kernels import reference
-from puna.kernels.layouts import Packed, Weight
+from puna.kernels.layouts import Adapted, Mapped, PageTable, Weight
 from puna.settings import cpu_wanted
 from puna.types import KERNELS
 
@@ -27,8 +27,8 @@ Array = Any
 """A numpy.ndarray or a torch.Tensor; every op takes and gives one kind."""
 
 NAMES = (
-    "embedding", "rms_norm", "linear", "rope_table", "rope", "write_kv", "attention", "swiglu", "argmax", "top_k",
-    "encode",
+    "embedding", "rms_norm", "linear", "positions", "rope_table", "rope", "write_kv", "attention", "swiglu", "argmax",
+    "top_k", "shortlist", "above", "allowed", "encode",
 )  # fmt: skip
 
 
@@ -47,6 +47,7 @@ class _Host:
     embedding: Any
     rms_norm: Any
     linear: Any
+    positions: Any
     rope_table: Any
     rope: Any
     write_kv: Any
@@ -54,11 +55,15 @@ class _Host:
     swiglu: Any
     argmax: Any
     top_k: Any
+    shortlist: Any
+    above: Any
+    allowed: Any
     encode: Any
 
-    def __init__(self, kernels: str, asked: str) -> None:
+    def __init__(self, kernels: str, asked: str, invariant: bool) -> None:
         self.kernels = kernels
         self.asked = asked
+        self.invariant = invariant
         self.choices: list[Choice] = []
         self.threads: int | None = None
         native, why_not = None, ""
@@ -74,8 +79,14 @@ class _Host:
                         f"{asked} needs the C++ extension, which is not built here ({error}).",
                         remedy="Install Puna with `pip install .` and a C++ compiler, or use --kernels reference.",
                     ) from error
+        if native is None and invariant:
+            raise DeviceError(
+                f"NumPy's products depend on how many rows share one ({why_not or f'asked for by {asked}'}).",
+                remedy="Leave out `invariant`, or use the C++ kernels.",
+            )
         if native is not None:
             isa, reason = native.use(None if kernels == "auto" else kernels, asked)
+            native.set_invariant(invariant)
             if kernels != "auto":
                 reason = f"asked for by {asked}; {reason}"
             self.threads = native.threads()
@@ -101,11 +112,13 @@ def _as_it_is(weight: Weight, keep: bool = False) -> Weight:
 _host: _Host | None = None
 
 
-def select(kernels: str = "auto") -> None:
+def select(kernels: str = "auto", invariant: bool = False) -> None:
     """Settle which implementation serves NumPy arrays; call it once, at start. `kernels` is one of KERNELS.
 
-    `auto` is what the environment variable PUNA_CPU names, else the fastest. Raises UsageError for another name and
-    DeviceError when that implementation cannot run on this machine.
+    `auto` is what the environment variable PUNA_CPU names, else the fastest. With `invariant` a token's bits depend on
+    nothing but its own sequence's tokens: not on the batch, the cuts of a prompt, or what was in the cache already.
+    Raises UsageError for another name and DeviceError when that implementation cannot run on this machine, or is not
+    invariant.
     """
     global _host
     asked = f"--kernels {kernels}"
@@ -113,8 +126,8 @@ def select(kernels: str = "auto") -> None:
         asked = f"PUNA_CPU={kernels}"
     if kernels not in KERNELS:
         raise UsageError(f"{asked}: no such kernels.", remedy=f"One of: {', '.join(KERNELS)}.")
-    if _host is None or (_host.kernels, _host.asked) != (kernels, asked):
-        _host = _Host(kernels, asked)
+    if _host is None or (_host.kernels, _host.asked, _host.invariant) != (kernels, asked, invariant):
+        _host = _Host(kernels, asked, invariant)
 
 
 def table() -> list[Choice]:
@@ -163,8 +176,8 @@ def prepare(weight: Weight, keep: bool = False) -> Weight:
     return prepared
 
 
-def prepare_mapped(weights: Sequence[Packed]) -> list[Weight]:
-    """`prepare` for many matrices that are views of mapped files, and for nothing else.
+def prepare_mapped(weights: Sequence[Mapped]) -> list[Weight]:
+    """`prepare` for many matrices that are views of mapped files.
 
     C++ gives the files' pages back as it reads them, so memory never holds a matrix twice, and other threads of Python
     run all the while.
@@ -184,8 +197,18 @@ def rms_norm(x: Array, weight: Any, eps: float) -> Array:
 
 
 def linear(x: Array, weight: Any, bias: Any = None) -> Array:
-    """x [*, in] · weight [out, in]ᵀ + bias [out] → [*, out]."""
-    return _serving(x).linear(x, weight, bias)
+    """x [*, in] · weight [out, in]ᵀ + bias [out] → [*, out]; with adapters, what they add to their rows of x."""
+    if not isinstance(weight, Adapted):
+        return _serving(x).linear(x, weight, bias)
+    y = linear(x, weight.base, bias)
+    for rows, down, up in weight.parts:
+        y[rows] += linear(linear(x[rows], down), up)
+    return y
+
+
+def positions(ids: Array) -> Array:
+    """The positions of ids [B, T] whose rows are whole stretches: 0 to T - 1 in each, int32 [B, T]."""
+    return _serving(ids).positions(ids)
 
 
 def rope_table(positions: Array, inv_freq: Any) -> tuple[Array, Array]:
@@ -199,17 +222,18 @@ def rope(x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
     return _serving(x).rope(x, cos, sin, interleaved)
 
 
-def write_kv(cache_k: Array, cache_v: Array, k: Array, v: Array, positions: Array) -> None:
-    """Store k, v [B, T, G, D] in the caches [B, S, G, D] at `positions` [B, T], in place; -1 is not stored."""
-    _serving(k).write_kv(cache_k, cache_v, k, v, positions)
+def write_kv(cache_k: Array, cache_v: Array, k: Array, v: Array, table: PageTable) -> None:
+    """Store k, v [N, G, D] in the caches [pages, page, G, D] where `table` says, in place."""
+    _serving(k).write_kv(cache_k, cache_v, k, v, table)
 
 
-def attention(q: Array, k: Array, v: Array, positions: Array | None, bf16: bool = False) -> Array:
-    """Causal grouped attention: q [B, T, H, D], k and v [B, S, G, D] → [B, T, H, D].
+def attention(q: Array, k: Array, v: Array, table: PageTable | None, bf16: bool = False) -> Array:
+    """Causal grouped attention of q [N, H, D] over caches k and v [pages, page, G, D] → [N, H, D].
 
-    `bf16` allows a table to round what it multiplies to bfloat16.
+    Without a table q [B, T, H, D], k and v [B, T, G, D] are whole stretches from position 0 → [B, T, H, D]. `bf16`
+    allows an implementation to round what it multiplies to bfloat16.
     """
-    return _serving(q).attention(q, k, v, positions, bf16)
+    return _serving(q).attention(q, k, v, table, bf16)
 
 
 def swiglu(gate: Array, up: Array) -> Array:
@@ -226,6 +250,29 @@ def top_k(logits: Array, k: int) -> tuple[Array, Array]:
     """The ids and values of the k largest logits, equals by their lower id: [*, V] → two of [*, k]."""
     largest: tuple[Array, Array] = _serving(logits).top_k(logits, k)
     return largest
+
+
+def shortlist(rows: Sequence[Array], scales: Array, k: int) -> tuple[Array, Array, Array]:
+    """Of R rows of logits [V]: ids and values [R, k] as of `top_k`, and the sums of exp((x − max) · scale) over parts
+    of the row, [R, parts], with a scale [R] for each row. For NumPy arrays; see the reference."""
+    found: tuple[Array, Array, Array] = _serving(scales).shortlist(rows, scales, k)
+    return found
+
+
+def above(rows: Sequence[Array], scales: Array, tops: Array, bounds: Array) -> Array:
+    """The sums of `shortlist` [R, parts] of only the logits above a bound [R]; tops [R] are the rows' maxima.
+
+    For NumPy arrays; see the reference.
+    """
+    return _serving(scales).above(rows, scales, tops, bounds)
+
+
+def allowed(rows: Sequence[Array], masks: Sequence[Array]) -> Array:
+    """Copies [R, V] of R rows of logits [V], minus infinity where the mask uint32 [ceil(V / 32)] has a bit 0.
+
+    For NumPy arrays; see the reference.
+    """
+    return _serving(rows[0]).allowed(rows, masks)
 
 
 def encode(kind: str, values: Array) -> Array:

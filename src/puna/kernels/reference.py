@@ -4,22 +4,23 @@ What it is: the shortest correct statement of each operation, in float32, or in 
 (that is how the tests measure the error of every other form, this one included).
 What it is not: fast; packed weights are dequantized on each call, some rows at a time. It also runs whole models
 (`--kernels reference`), which is how the C++ is checked end to end.
-What is surprising: a position of -1 marks padding. Padding writes nothing to the cache, sees nothing, and attends to
-zeros; its rows of the output are 0 and mean nothing.
+What is surprising: there is no padding. The tokens of a step are one row [N], whatever sequences they are of, and a
+`PageTable` says where each stands and in which pages of the cache its sequence lies.
 
-Shapes: `*` any leading dimensions, B sequences, T new tokens, S cached tokens, H query heads, G key/value heads
+Shapes: `*` any leading dimensions, N tokens of B sequences, T tokens of a stretch, H query heads, G key/value heads
 (H % G == 0), D head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from puna.kernels.encode import quantize
-from puna.kernels.layouts import BF16, Cache, Packed, Panels, Weight, to_bf16, to_float32, words
+from puna.kernels.layouts import BF16, Cache, Packed, PageTable, Panels, Weight, to_bf16, to_float32, words
 
 # Any, not np.floating: NumPy's stubs widen most float arithmetic to it, and every signature would need a cast.
 Floats = npt.NDArray[Any]
@@ -42,14 +43,23 @@ def rms_norm(x: Floats, weight: Weight, eps: float) -> Floats:
 
 
 def linear(x: Floats, weight: Weight, bias: Weight | None = None) -> Floats:
-    """x · weightᵀ + bias: x [*, in], weight [out, in], bias [out] → [*, out]."""
-    if isinstance(weight, Packed):
-        y = np.empty((*x.shape[:-1], weight.shape[0]), x.dtype)
-        for rows in weight.row_chunks():
-            y[..., rows] = x @ _as(weight[rows], x).T
-    else:
-        y = x @ _as(weight, x).T
-    return y if bias is None else y + _as(bias, x)
+    """x · weightᵀ + bias: x [*, in], weight [out, in], bias [out] → [*, out].
+
+    Infinity and NaN go through as IEEE 754 says, in silence, as in C++: a file may hold them.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        if isinstance(weight, Packed):
+            y = np.empty((*x.shape[:-1], weight.shape[0]), x.dtype)
+            for rows in weight.row_chunks():
+                y[..., rows] = x @ _as(weight[rows], x).T
+        else:
+            y = x @ _as(weight, x).T
+        return y if bias is None else y + _as(bias, x)
+
+
+def positions(ids: Ints) -> Ints:
+    """The positions of ids [B, T] whose rows are whole stretches: 0 to T - 1 in each, int32 [B, T]."""
+    return np.tile(np.arange(ids.shape[1], dtype=np.int32), (len(ids), 1))
 
 
 def rope_table(positions: Ints, inv_freq: npt.NDArray[np.float32]) -> tuple[Floats, Floats]:
@@ -108,41 +118,54 @@ def from_cache(cache: Cache, like: Floats) -> Floats:
     return (scale * blocks[..., 2:].view(np.int8)).reshape(cache.shape)
 
 
-def write_kv(cache_k: Cache, cache_v: Cache, k: Floats, v: Floats, positions: Ints) -> None:
-    """Store k, v [B, T, G, D] in the caches [B, S, G, D], in place, at `positions` [B, T]; -1 is not stored.
+def write_kv(cache_k: Cache, cache_v: Cache, k: Floats, v: Floats, table: PageTable) -> None:
+    """Store k, v [N, G, D] in the caches [pages, page, G, D], in place, where `table` says; see `PageTable`.
 
     The caches' type says how numbers are rounded: see `to_cache`.
     """
-    row, column = np.nonzero(positions >= 0)
+    page = cache_k.shape[1]
+    sequence = np.repeat(np.arange(len(table.pages)), np.diff(table.starts))
+    number, row = table.pages[sequence, table.positions // page], table.positions % page
     for cache, new in ((cache_k, k), (cache_v, v)):
-        words(cache)[row, positions[row, column]] = to_cache(new[row, column], cache)
+        words(cache)[number, row] = to_cache(new, cache)
 
 
-def attention(q: Floats, k: Cache, v: Cache, positions: Ints | None, bf16: bool = False) -> Floats:
-    """softmax(q·kᵀ/√D)·v, causal and grouped: q [B, T, H, D], k and v [B, S, G, D] → [B, T, H, D].
+def attention(q: Floats, k: Cache, v: Cache, table: PageTable | None, bf16: bool = False) -> Floats:
+    """softmax(q·kᵀ/√D)·v, causal and grouped, of q [N, H, D] over caches k and v [pages, page, G, D] → [N, H, D].
 
-    A query at position p sees keys 0 to p, where key s is the one of position s; `positions` [B, T], -1 is padding.
-    `positions=None` means that q, k and v are one stretch that starts at 0 (T == S): training, or scoring.
+    A query at position p sees the keys of positions 0 to p of its own sequence, which lie where `table` says.
+    `table=None` means that q [B, T, H, D], k and v [B, T, G, D] are whole stretches from 0: training, or scoring.
     `bf16` allows rounding, and nothing is rounded here.
     Query head h reads key/value head h // (H / G) (Ainslie et al. 2023).
     """
-    B, T, H, D = q.shape
-    S, G = k.shape[1], k.shape[2]
-    keys, values = from_cache(k, q), from_cache(v, q)
-    if positions is None:
-        positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
-    grouped = q.reshape(B, T, G, H // G, D)
+    out = np.empty(q.shape, q.dtype)
+    if table is None:
+        for b, stretch in enumerate(q):
+            out[b] = _causal(stretch, from_cache(k[b], q), from_cache(v[b], q), np.arange(q.shape[1]))
+        return out
+    for b, pages in enumerate(table.pages):
+        tokens = slice(table.starts[b], table.starts[b + 1])
+        seen = table.positions[tokens][-1] + 1
+        used = pages[: -(-seen // k.shape[1])]
+        keys, values = (from_cache(cache[used], q).reshape(-1, *cache.shape[2:])[:seen] for cache in (k, v))
+        out[tokens] = _causal(q[tokens], keys, values, table.positions[tokens])
+    return out
+
+
+def _causal(q: Floats, keys: Floats, values: Floats, positions: Ints) -> Floats:
+    """Attention of the tokens q [T, H, D] at `positions` [T] over their own sequence's keys and values [S, G, D]."""
+    T, H, D = q.shape
+    S, G, _ = keys.shape
+    grouped = q.reshape(T, G, H // G, D)
     # einsum may lay its result out any way; over a last axis that is not contiguous np.sum adds one by one, not in
     # pairs, and 9,000 keys then cost a relative error of 1e-4 in float32.
-    scores = np.ascontiguousarray(np.einsum("btgrd,bsgd->btgrs", grouped, keys)) / q.dtype.type(D) ** 0.5
-    seen = np.arange(S) <= positions[..., None]  # [B, T, S]
-    scores = np.where(seen[:, :, None, None, :], scores, -np.inf)
-    peak = np.max(scores, axis=-1, keepdims=True)
-    weights = np.exp(scores - np.where(np.isfinite(peak), peak, 0))
-    total = np.sum(weights, axis=-1, keepdims=True)
-    weights = weights / np.where(total == 0, 1, total)
-    out: Floats = np.einsum("btgrs,bsgd->btgrd", weights, values).reshape(B, T, H, D)
-    return out.astype(q.dtype, copy=False)
+    scores = np.ascontiguousarray(np.einsum("tgrd,sgd->tgrs", grouped, keys)) / q.dtype.type(D) ** 0.5
+    seen = np.arange(S) <= positions[:, None]  # [T, S]
+    scores = np.where(seen[:, None, None, :], scores, -np.inf)
+    weights = np.exp(scores - np.max(scores, axis=-1, keepdims=True))
+    weights = weights / np.sum(weights, axis=-1, keepdims=True)
+    out: Floats = np.einsum("tgrs,sgd->tgrd", weights, values).reshape(T, H, D)
+    return out
 
 
 def swiglu(gate: Floats, up: Floats) -> Floats:
@@ -175,3 +198,46 @@ def top_k(logits: Floats, k: int) -> tuple[Ints, Floats]:
     nan_first = np.take_along_axis(~np.isnan(logits), ids, axis=-1)
     ids = np.take_along_axis(ids, np.argsort(nan_first, axis=-1, kind="stable"), axis=-1)[..., :k]
     return ids.astype(np.int32), np.take_along_axis(logits, ids, axis=-1)
+
+
+SUM_PART = 512
+"""How many exponentials `shortlist` sums together."""
+
+
+def shortlist(
+    rows: Sequence[npt.NDArray[np.float32]], scales: npt.NDArray[np.float32], k: int
+) -> tuple[Ints, Floats, Floats]:
+    """What a sampler needs to know of R rows of logits [V]: ids and values [R, k] as of `top_k`, and the sums of
+    exp((x − max) · scale) over each SUM_PART logits, float32 [R, ceil(V / SUM_PART)], with a scale [R] for each row.
+
+    A scale is above 0 and lies within 1e-37 and 1e30. Sums of a row whose largest logit is not finite mean nothing.
+    """
+    ids, values = top_k(np.stack(rows), k)
+    return ids, values, above(rows, scales, values[:, 0], np.full(len(rows), -np.inf, np.float32))
+
+
+def above(
+    rows: Sequence[npt.NDArray[np.float32]],
+    scales: npt.NDArray[np.float32],
+    tops: npt.NDArray[np.float32],
+    bounds: npt.NDArray[np.float32],
+) -> Floats:
+    """The sums of `shortlist` of only those logits that are above a bound [R]; tops [R] are the rows' maxima."""
+    logits = np.stack(rows)
+    with np.errstate(over="ignore", invalid="ignore"):
+        weights = np.exp((logits - tops[:, None]) * scales[:, None]) * (logits > bounds[:, None])
+    sums: Floats = np.add.reduceat(weights, np.arange(0, logits.shape[1], SUM_PART), axis=1)
+    return sums
+
+
+def allowed(rows: Sequence[npt.NDArray[np.float32]], masks: Sequence[npt.NDArray[np.uint32]]) -> Floats:
+    """Copies [R, V] of R rows of logits [V] with minus infinity where the row's mask [ceil(V / 32)] has a bit 0.
+
+    Token i has bit i % 32 of word i // 32, the lowest bit first. Raises ValueError for a mask of another length.
+    """
+    logits = np.stack(rows)
+    if any(mask.shape != (-(-logits.shape[1] // 32),) for mask in masks) or len(masks) != len(rows):
+        raise ValueError(f"allowed: a mask of the vocabulary of {logits.shape[1]} has another length")
+    words = np.stack(masks).astype("<u4").view(np.uint8)
+    bits = np.unpackbits(words, axis=1, count=logits.shape[1], bitorder="little")
+    return np.where(bits, logits, np.float32(-np.inf))

@@ -1,6 +1,6 @@
 """The ops on torch tensors: differentiable, on any device, in the tensors' own type.
 
-What it is: the torch twin of `reference.py`, op by op, same shapes and the same meaning of positions. Training,
+What it is: the torch twin of `reference.py`, op by op, same shapes and the same meaning of a table of pages. Training,
 `--device cuda` and torch.compile all run through here.
 What it is not: the CPU inference path; NumPy arrays go to C++.
 What is surprising: where transformers rounds (norms in float32, then back to the weights' type), this rounds at the
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+from puna.kernels.layouts import PageTable
 
 Tensor = torch.Tensor
 
@@ -32,6 +34,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def positions(ids: Tensor) -> Tensor:
+    """The positions of ids [B, T] whose rows are whole stretches: 0 to T - 1 in each, int32 [B, T]."""
+    return torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device).expand(ids.shape)
+
+
 def rope_table(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of position · inv_freq, in float32 whatever the model's type."""
     angle = positions[..., None].float() * inv_freq
@@ -47,26 +54,36 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
 
 
-def write_kv(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
-    """Store k, v [B, T, G, D] in the caches [B, S, G, D], in place, at `positions` [B, T]; -1 is not stored."""
-    row, column = torch.nonzero(positions >= 0, as_tuple=True)
-    where = positions[row, column].long()
-    cache_k[row, where] = k[row, column].to(cache_k.dtype)
-    cache_v[row, where] = v[row, column].to(cache_v.dtype)
+def write_kv(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, table: PageTable) -> None:
+    """Store k, v [N, G, D] in the caches [pages, page, G, D], in place, where `table` (of tensors) says."""
+    page = cache_k.shape[1]
+    sequences = torch.arange(len(table.pages), device=k.device)
+    sequence = torch.repeat_interleave(sequences, table.starts.diff(), output_size=len(k))
+    number, row = table.pages[sequence, table.positions // page].long(), (table.positions % page).long()
+    cache_k[number, row] = k.to(cache_k.dtype)
+    cache_v[number, row] = v.to(cache_v.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, bf16: bool = False) -> Tensor:
-    """softmax(q·kᵀ/√D)·v, causal and grouped, by torch's scaled_dot_product_attention, in q's type whatever `bf16`."""
-    query, key, value = (t.transpose(1, 2) for t in (q, k.to(q.dtype), v.to(q.dtype)))
-    if positions is None:
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        return out.transpose(1, 2)
-    seen = torch.arange(k.shape[1], device=q.device) <= positions[:, None, :, None]
-    # A padded query sees nothing; softmax over nothing is NaN, so let it see key 0 and clear its row afterwards.
-    padded = positions < 0
-    seen = seen | (padded[:, None, :, None] & (torch.arange(k.shape[1], device=q.device) == 0))
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
-    return out.transpose(1, 2).masked_fill(padded[..., None, None], 0)
+def attention(q: Tensor, k: Tensor, v: Tensor, table: PageTable | None, bf16: bool = False) -> Tensor:
+    """softmax(q·kᵀ/√D)·v, causal and grouped, by torch's scaled_dot_product_attention, in q's type whatever `bf16`.
+
+    Over pages one sequence after another; see the reference for shapes.
+    """
+    if table is None:
+        query, key, value = (t.transpose(1, 2) for t in (q, k.to(q.dtype), v.to(q.dtype)))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
+    parts = []
+    starts = table.starts.tolist()
+    for b, pages in enumerate(table.pages.long()):
+        positions = table.positions[starts[b] : starts[b + 1]]
+        length = int(positions[-1]) + 1
+        used = pages[: -(-length // k.shape[1])]
+        key, value = (cache[used].flatten(0, 1)[:length].to(q.dtype).transpose(0, 1)[None] for cache in (k, v))
+        query = q[starts[b] : starts[b + 1]].transpose(0, 1)[None]
+        seen = torch.arange(length, device=q.device) <= positions[:, None]
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

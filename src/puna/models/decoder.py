@@ -2,10 +2,10 @@
 
 What it is: pure functions over a tree of weights. `forward` gives hidden states, `logits` turns them into scores.
 What it is not: a loop that generates (`puna.engine`), or a place that knows where arrays live (`puna.kernels.ops`).
-What is surprising: there is no attention mask. Positions say everything: a query at position p sees the keys at 0 to p
-of its own sequence, and position -1 marks padding, which is computed and means nothing.
+What is surprising: there is no attention mask and no padding. A step's tokens are one row [N], whatever sequences they
+are of; a table says where each stands, and a query at position p sees the keys at 0 to p of its own sequence.
 
-Shapes: B sequences, T new tokens of each, V vocabulary, H heads, G key/value heads, D head size.
+Shapes: N tokens of B sequences, T tokens of a stretch, V vocabulary, H heads, G key/value heads, D head size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from puna.kernels import ops
-from puna.kernels.layouts import is_packed
+from puna.kernels.layouts import PageTable, is_packed
 from puna.models.config import DecoderConfig
 from puna.models.tree import DecoderWeights, KVCache, Layer, Linear
 
@@ -23,20 +23,26 @@ Array = Any
 
 
 def forward(
-    weights: DecoderWeights, config: DecoderConfig, tokens: Array, positions: Array, cache: KVCache | None = None
+    weights: DecoderWeights,
+    config: DecoderConfig,
+    tokens: Array,
+    table: PageTable | None = None,
+    cache: KVCache | None = None,
 ) -> Array:
-    """Hidden states after the last norm, [B, T, dim], for ids [B, T] at `positions` [B, T] (int32, -1 for padding).
+    """Hidden states after the last norm, [N, dim], for ids [N] that stand where `table` says (all int32).
 
-    With a cache, the new keys and values are written to it at those positions and attention reads it. Without one the
-    tokens must be a whole stretch, positions 0 to T - 1 in every row: training, or scoring a text.
+    The new keys and values are written to the cache, and attention reads it. Without a table and a cache, tokens [B, T]
+    are whole stretches from position 0, and the result is [B, T, dim]: training, or scoring a text. Raises ValueError
+    for one of them without the other.
     """
+    if (table is None) != (cache is None):
+        raise ValueError("a table and a cache belong together")
     x = ops.embedding(weights.embedding, tokens)
+    positions = ops.positions(tokens) if table is None else table.positions
     cos, sin = ops.rope_table(positions, weights.inv_freq)
     for i, layer in enumerate(weights.layers):
         kv = None if cache is None else (cache.keys[i], cache.values[i])
-        x = x + attention(
-            layer, config, ops.rms_norm(x, layer.attention_norm, config.norm_eps), cos, sin, positions, kv
-        )
+        x = x + attention(layer, config, ops.rms_norm(x, layer.attention_norm, config.norm_eps), cos, sin, table, kv)
         x = x + feed_forward(layer, ops.rms_norm(x, layer.mlp_norm, config.norm_eps))
     return ops.rms_norm(x, weights.norm, config.norm_eps)
 
@@ -47,23 +53,23 @@ def attention(
     x: Array,
     cos: Array,
     sin: Array,
-    positions: Array,
+    table: PageTable | None,
     kv: tuple[Array, Array] | None,
 ) -> Array:
-    """Grouped-query attention with rotary positions: x [B, T, dim] → [B, T, dim]."""
-    *BT, _ = x.shape
-    q = linear(x, layer.q).reshape(*BT, config.heads, config.head_dim)
-    k = linear(x, layer.k).reshape(*BT, config.kv_heads, config.head_dim)
-    v = linear(x, layer.v).reshape(*BT, config.kv_heads, config.head_dim)
+    """Grouped-query attention with rotary positions: x [*, dim] → [*, dim], `*` being N, or B, T without a cache."""
+    *tokens, _ = x.shape
+    q = linear(x, layer.q).reshape(*tokens, config.heads, config.head_dim)
+    k = linear(x, layer.k).reshape(*tokens, config.kv_heads, config.head_dim)
+    v = linear(x, layer.v).reshape(*tokens, config.kv_heads, config.head_dim)
     q = ops.rope(q, cos, sin, config.interleaved_rope)
     k = ops.rope(k, cos, sin, config.interleaved_rope)
-    if kv is None:
+    if kv is None or table is None:
         out = ops.attention(q, k, v, None)
     else:
-        ops.write_kv(*kv, k, v, positions)
+        ops.write_kv(*kv, k, v, table)
         # Beside packed weights, whose products round to 8 bits, attention may round to bfloat16.
-        out = ops.attention(q, *kv, positions, bf16=is_packed(layer.q.weight))
-    return linear(out.reshape(*BT, config.heads * config.head_dim), layer.o)
+        out = ops.attention(q, *kv, table, bf16=is_packed(layer.q.weight))
+    return linear(out.reshape(*tokens, config.heads * config.head_dim), layer.o)
 
 
 def feed_forward(layer: Layer, x: Array) -> Array:
@@ -141,7 +147,7 @@ def build(config: DecoderConfig, parameter: Callable[[str], Array]) -> DecoderWe
     return DecoderWeights(fetched["embedding"], layers, fetched["norm"], fetched.get("head"), config.rope.inv_freq())
 
 
-def make_cache(config: DecoderConfig, batch: int, capacity: int, zeros: Callable[[tuple[int, ...]], Array]) -> KVCache:
-    """An empty cache for `batch` sequences of `capacity` positions; `zeros(shape)` says where and of what type."""
-    shape = (batch, capacity, config.kv_heads, config.head_dim)
+def make_cache(config: DecoderConfig, pages: int, page: int, zeros: Callable[[tuple[int, ...]], Array]) -> KVCache:
+    """An empty cache of `pages` pages of `page` positions each; `zeros(shape)` says where and of what type."""
+    shape = (pages, page, config.kv_heads, config.head_dim)
     return KVCache(tuple(zeros(shape) for _ in range(config.layers)), tuple(zeros(shape) for _ in range(config.layers)))

@@ -55,15 +55,10 @@ class DecoderWeights:
 
 
 class KVCache(NamedTuple):
-    """Keys and values so far: one array [B, S, G, D] a layer. Entry s holds the token at position s."""
+    """Keys and values so far: one array [pages, page, G, D] a layer. A `layouts.PageTable` says whose they are."""
 
     keys: tuple[Any, ...]
     values: tuple[Any, ...]
-
-    @property
-    def capacity(self) -> int:
-        """S: how many positions it can hold."""
-        return int(self.keys[0].shape[1])
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Leaf]]:

@@ -268,3 +268,15 @@ def test_a_large_matrix_never_exists_as_float32() -> None:
     assert np.array_equal(words.bits[-50:], to_bf16(to_float32(weight[:50])).bits)
     assert peak_of_linear < 25e6
     assert peak_of_convert - words.nbytes < 40e6
+
+
+def test_reference_linear_takes_infinite_scales_in_silence() -> None:
+    """Infinity times zero, and infinities that cancel, are NaN, as in C++; they are no warning on the terminal."""
+    data = np.full((2, 18), 0x98, np.uint8)  # nibbles of +1 and 0
+    data[:, :2] = np.array([[0x00, 0x7C], [0x00, 0x3C]])  # scales: infinity, 1
+    x = np.ones((1, 32), np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = ref.linear(x, Packed("Q4_0", (2, 32), data))
+    assert np.isnan(got[0, 0])
+    assert got[0, 1] == 16

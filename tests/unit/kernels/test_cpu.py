@@ -22,24 +22,13 @@ from hypothesis import strategies as st
 import puna
 from puna.errors import DeviceError
 from puna.kernels import reference as ref
-from puna.kernels.layouts import BF16, Weight, convert, to_bf16, to_float32
+from puna.kernels.layouts import BF16, Weight, convert, page_table, to_bf16, to_float32
 
 cpu = pytest.importorskip("puna.kernels.cpu", reason="the C++ extension is not built here")
+pytestmark = pytest.mark.usefixtures("isa")
 
 DTYPES = ("fp32", "fp16", "bf16")
 F32 = npt.NDArray[np.float32]
-
-
-TABLES = [(index, name, reason) for index, (name, runs, reason) in enumerate(cpu._cpu.tables()) if runs]
-
-
-@pytest.fixture(params=TABLES, ids=[reason.removeprefix("cpuid: ") for _, _, reason in TABLES], autouse=True)
-def isa(request: pytest.FixtureRequest) -> Any:
-    """Every test of this file runs once an instruction set: AVX-512 twice, without and with the bfloat16 product."""
-    index, name, _ = request.param
-    cpu._cpu.use(index)
-    yield name
-    cpu.use()
 
 
 def normal(seed: int, *shape: int) -> F32:
@@ -190,99 +179,18 @@ def test_rope(interleaved: bool, size: int) -> None:
 
 
 def test_write_kv() -> None:
-    cache_k, cache_v = np.zeros((2, 6, 2, 5), np.float32), np.ones((2, 6, 2, 5), np.float32)
-    k, v = normal(1, 2, 3, 2, 5), normal(2, 2, 3, 2, 5)
-    positions = np.array([[0, 5, -1], [-1, 3, 4]], np.int32)
+    cache_k, cache_v = np.zeros((4, 16, 2, 5), np.float32), np.ones((4, 16, 2, 5), np.float32)
+    k, v = normal(1, 5, 2, 5), normal(2, 5, 2, 5)
+    table = page_table([0, 15], [2, 3], [[2, 2], [3, 1]])
     want_k, want_v = cache_k.copy(), cache_v.copy()
-    ref.write_kv(want_k, want_v, k, v, positions)
-    cpu.write_kv(cache_k, cache_v, k, v, positions)
+    ref.write_kv(want_k, want_v, k, v, table)
+    cpu.write_kv(cache_k, cache_v, k, v, table)
     assert np.array_equal(cache_k, want_k)
     assert np.array_equal(cache_v, want_v)
-
-
-@pytest.mark.parametrize("bad", [-2, 6])
-def test_write_kv_refuses_positions_outside_and_stores_nothing(bad: int) -> None:
-    cache = np.zeros((1, 6, 1, 4), np.float32)
-    with pytest.raises(ValueError, match=f"{bad} is not in a cache of 6"):
-        cpu.write_kv(cache, cache.copy(), *[np.ones((1, 2, 1, 4), np.float32)] * 2, np.array([[0, bad]], np.int32))
-    assert not cache.any()
-
-
-def check_attention(
-    B: int,
-    S: int,
-    H: int,
-    G: int,
-    D: int,
-    positions: npt.NDArray[np.int32] | None,
-    spread: float = 1.0,
-    tolerance: float = 3e-6,
-) -> None:
-    T = S if positions is None else positions.shape[1]
-    q, k, v = normal(1, B, T, H, D) * spread, normal(2, B, S, G, D), normal(3, B, S, G, D)
-    want = ref.attention(*(a.astype(np.float64) for a in (q, k, v)), positions)
-    assert_close(cpu.attention(q, k, v, positions), want, tolerance)
-
-
-@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (4, 1), (6, 2), (8, 8), (3, 3), (20, 4)])
-@pytest.mark.parametrize("size", [1, 5, 8, 16, 20, 64, 80])
-def test_attention(heads: int, groups: int, size: int) -> None:
-    check_attention(2, 19, heads, groups, size, None)
-    check_attention(1, 23, heads, groups, size, np.array([[22]], np.int32))
-    check_attention(2, 150, heads, groups, size, np.array([[-1, 3, 4], [147, 148, 149]], np.int32))
-
-
-@pytest.mark.parametrize("tokens", [1, 2, 40])
-def test_attention_over_long_contexts(tokens: int) -> None:
-    """Past the blocks of keys of both ways, with one sequence short and one row of padding."""
-    positions = np.stack([np.arange(1100 - tokens, 1100), np.arange(tokens) + 500]).astype(np.int32)
-    positions[1, 0] = -1
-    check_attention(2, 1100, 4, 2, 16, positions)
-
-
-def test_attention_of_padding_is_zero_and_beyond_the_position_unseen() -> None:
-    for tokens in (2, 30):
-        positions = np.full((1, tokens), -1, np.int32)
-        positions[0, 1] = 3
-        q, k, v = normal(1, 1, tokens, 2, 8), normal(2, 1, 40, 2, 8), normal(3, 1, 40, 2, 8)
-        k[:, 4:] = np.nan
-        v[:, 4:] = np.nan
-        got = cpu.attention(q, k, v, positions)
-        assert not got[0, 0].any()
-        want = ref.attention(q[:, 1:2].astype(np.float64), k[:, :4], v[:, :4], positions[:, 1:2])
-        assert_close(got[:, 1:2], want, 3e-6)
-
-
-def test_attention_with_scores_that_overflow_naive_exponentials() -> None:
-    """Scores near 1,000: float32 holds them to 6e-5, and their exponentials are off by as much."""
-    for tokens in (1, 30):
-        positions = np.arange(40 - tokens, 40, dtype=np.int32)[None]
-        check_attention(1, 40, 2, 1, 16, positions, spread=200.0, tolerance=2e-4)
-
-
-def test_attention_does_not_depend_on_the_batch() -> None:
-    q, k, v = normal(1, 3, 1, 4, 16), normal(2, 3, 700, 2, 16), normal(3, 3, 700, 2, 16)
-    positions = np.array([[600], [20], [699]], np.int32)
-    together = cpu.attention(q, k, v, positions)
-    for b in range(3):
-        alone = cpu.attention(*(np.ascontiguousarray(a[b : b + 1]) for a in (q, k, v, positions)))
-        assert np.array_equal(together[b : b + 1], alone)
-
-
-@given(
-    B=st.integers(1, 3),
-    T=st.integers(1, 30),
-    past=st.integers(0, 200),
-    R=st.integers(1, 5),
-    G=st.integers(1, 3),
-    D=st.integers(1, 40),
-    pad=st.integers(0, 3),
-)
-@settings(max_examples=40, deadline=None, derandomize=True)
-def test_attention_any_shape(B: int, T: int, past: int, R: int, G: int, D: int, pad: int) -> None:
-    positions = np.tile(np.arange(past, past + T, dtype=np.int32), (B, 1))
-    positions[0, : min(pad, T)] = -1
-    check_attention(B, past + T, R * G, G, D, positions)
+    assert np.array_equal(cache_k[2, :2], k[:2])
+    assert np.array_equal(cache_k[3, 15], k[2])
+    assert np.array_equal(cache_k[1, :2], k[3:])
+    assert np.count_nonzero(cache_k) == k.size
 
 
 @pytest.mark.parametrize("shape", [(1,), (5, 3), (2, 1, 100), (70000,)])
@@ -323,13 +231,12 @@ def test_other_types_are_refused() -> None:
         cpu.embedding(weight, np.array([1]))
     with pytest.raises(TypeError):
         cpu.linear(x, weight.astype(">f4"))
-    with pytest.raises(TypeError, match="positions must be int32"):
-        cpu.attention(*[np.ones((1, 2, 2, 4), np.float32)] * 3, np.zeros((1, 2), np.int64))
 
 
 def test_other_shapes_are_refused() -> None:
     x, weight = normal(1, 2, 4), normal(2, 3, 4)
-    four = np.ones((1, 2, 2, 4), np.float32)
+    four, cache = np.ones((1, 2, 2, 4), np.float32), np.ones((2, 16, 2, 4), np.float32)
+    table = page_table([0], [2], [[1]])
     cos = np.ones((1, 2, 2), np.float32)
     refusals: list[tuple[Any, ...]] = [
         (cpu.linear, x[:, :3].copy(), weight),
@@ -341,12 +248,14 @@ def test_other_shapes_are_refused() -> None:
         (cpu.rope, four, cos[:, :1], cos, False),
         (cpu.rope, four, cos, cos[..., :1].copy(), False),
         (cpu.rope, four[..., :3].copy(), cos, cos, False),
-        (cpu.write_kv, four.copy(), four.copy(), four, four[:, :1], np.zeros((1, 2), np.int32)),
-        (cpu.write_kv, four[:, :, :1].copy(), four.copy(), four, four, np.zeros((1, 2), np.int32)),
-        (cpu.write_kv, four.copy(), four.copy(), four, four, np.zeros((1, 3), np.int32)),
+        (cpu.write_kv, cache.copy(), cache.copy(), four[0], four[0, :1], table),
+        (cpu.write_kv, cache[:, :, :1].copy(), cache.copy(), four[0], four[0], table),
+        (cpu.write_kv, cache.copy(), cache[:1].copy(), four[0], four[0], table),
+        (cpu.write_kv, cache.copy(), cache.copy(), four, four, table),
         (cpu.attention, four, four[:, :1].copy(), four[:, :1].copy(), None),
-        (cpu.attention, four, four, four, np.array([[0, 2]], np.int32)),
-        (cpu.attention, four, four, four, np.array([[0, -2]], np.int32)),
+        (cpu.attention, four, cache, cache, table),
+        (cpu.attention, four[0], cache, cache, None),
+        (cpu.attention, four[0, :, :, :3].copy(), cache, cache, table),
         (cpu.attention, four, np.ones((1, 2, 3, 4), np.float32), np.ones((1, 2, 3, 4), np.float32), None),
         (cpu.swiglu, x, x[:1]),
         (cpu.argmax, np.ones((2, 0), np.float32)),
@@ -357,15 +266,29 @@ def test_other_shapes_are_refused() -> None:
             op(*arguments)
 
 
+def test_results_of_other_shapes_are_refused() -> None:
+    """Also of those that begin like the right one: where a dimension of 0 follows, there is no memory."""
+    x, q = normal(1, 2, 4), normal(2, 1, 2, 2, 4)
+    for op, *arguments, shape in (
+        (cpu._cpu.rms_norm, x, np.ones(4, np.float32), False, 1e-5, x.shape),
+        (cpu._cpu.swiglu, x, x, x.shape),
+        (cpu._cpu.rope, q[0], *[normal(1, 2, 2)] * 2, False, q[0].shape),
+        (cpu._cpu.attention, q, q, q, 0, None, False, q.shape),
+    ):
+        op(*arguments, np.empty(shape, np.float32))
+        with pytest.raises(ValueError, match="do not fit"):
+            op(*arguments, np.empty((*shape, 1), np.float32))
+
+
 def test_read_only_weights_serve_and_read_only_caches_do_not() -> None:
     x, weight = normal(1, 2, 4), normal(2, 3, 4)
     want = cpu.linear(x, weight)
     weight.flags.writeable = False
     assert np.array_equal(cpu.linear(x, weight), want)
-    cache = np.zeros((1, 2, 2, 4), np.float32)
+    cache = np.zeros((1, 16, 2, 4), np.float32)
     cache.flags.writeable = False
     with pytest.raises(TypeError):
-        cpu.write_kv(cache, cache, *[np.ones((1, 2, 2, 4), np.float32)] * 2, np.zeros((1, 2), np.int32))
+        cpu.write_kv(cache, cache, *[np.ones((2, 2, 4), np.float32)] * 2, page_table([0], [2], [[0]]))
 
 
 def test_nothing_in_nothing_out() -> None:
@@ -375,10 +298,11 @@ def test_nothing_in_nothing_out() -> None:
     assert cpu.swiglu(np.empty(0, np.float32), np.empty(0, np.float32)).shape == (0,)
 
 
-def test_use_names_what_serves_and_why(isa: str) -> None:
-    name, reason = cpu.use(isa)
-    assert name == isa
-    assert reason
+def test_use_names_what_serves_and_why() -> None:
+    for isa in cpu.isas():
+        name, reason = cpu.use(isa)
+        assert name == isa
+        assert reason
     assert cpu.use()[0] == cpu.isas()[0]
     with pytest.raises(DeviceError, match=r"--kernels vax: this build of Puna does not have it\."):
         cpu.use("vax")

@@ -1,7 +1,7 @@
 """The whole forward in C++ against `decoder.forward` on the same C++ ops, bit by bit, per instruction set.
 
-What is surprising: where only the last token's logits are asked for, the last layer is computed for that token alone,
-so its products are those of few rows: the same numbers up to rounding, and the same caches bit for bit.
+What is surprising: where only some tokens' logits are wanted, the last layer is computed for those alone, so its
+products may be those of few rows: the same numbers up to rounding, and the same caches bit for bit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pytest
 import puna
 from puna.engine.native_runner import native_decoder
 from puna.kernels import ops
-from puna.kernels.layouts import BF16, Packed, convert, empty_cache, words
+from puna.kernels.layouts import BF16, Packed, PageTable, convert, empty_cache, page_table, words
 from puna.models import decoder
 from puna.models.config import DecoderConfig
 from puna.models.rope import Rope
@@ -38,7 +38,6 @@ CONFIG = DecoderConfig(
 UNUSUAL = replace(CONFIG, head_dim=10, rope=Rope(10, 500.0), tied_head=True, attention_bias=True, mlp_bias=True)
 INTERLEAVED = replace(CONFIG, interleaved_rope=True, kv_heads=6, norm_eps=1e-3)
 CONFIGS = {"plain": CONFIG, "unusual": UNUSUAL, "interleaved": INTERLEAVED}
-TABLES = [(index, reason) for index, (_, runs, reason) in enumerate(cpu._cpu.tables()) if runs]
 I32 = npt.NDArray[np.int32]
 
 
@@ -47,11 +46,6 @@ def _cpp_ops() -> Iterator[None]:
     ops.select("auto")
     yield
     cpu.use()
-
-
-@pytest.fixture(params=TABLES, ids=[reason.removeprefix("cpuid: ") for _, reason in TABLES])
-def isa(request: pytest.FixtureRequest) -> None:
-    cpu._cpu.use(request.param[0])
 
 
 @pytest.fixture(params=["fp32", "bf16", "fp16"])
@@ -76,29 +70,34 @@ def weights_of(config: DecoderConfig, dtype: str = "fp32") -> DecoderWeights:
     return decoder.build(config, parameter)
 
 
-def cache_of(config: DecoderConfig, batch: int = 1, capacity: int = 130) -> KVCache:
-    return decoder.make_cache(config, batch, capacity, lambda shape: np.zeros(shape, np.float32))
+PAGE = 16
 
 
-def some_ids(batch: int, tokens: int) -> I32:
-    return np.random.default_rng(tokens).integers(0, CONFIG.vocab_size, (batch, tokens)).astype(np.int32)
+def cache_of(config: DecoderConfig, pages: int = 9, kv_type: str = "fp32") -> KVCache:
+    return decoder.make_cache(config, pages, PAGE, lambda shape: empty_cache(kv_type, shape))
 
 
-def up_to(tokens: int, start: int = 0) -> I32:
-    return np.arange(start, start + tokens, dtype=np.int32)[None]
+def some_ids(tokens: int) -> I32:
+    return np.random.default_rng(tokens).integers(0, CONFIG.vocab_size, tokens).astype(np.int32)
+
+
+def at(start: int, tokens: int, pages: int = 9) -> PageTable:
+    """One sequence in all pages of a cache, in no order."""
+    return page_table([start], [tokens], np.random.default_rng(2).permutation(pages)[None])
 
 
 def plain(
     weights: DecoderWeights,
     config: DecoderConfig,
     ids: I32,
-    positions: I32,
-    cache: KVCache | None,
-    rows: I32 | None = None,
+    table: PageTable | None = None,
+    cache: KVCache | None = None,
+    wanted: I32 | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Logits of all tokens, or of `rows` of them, an op at a time."""
-    hidden = decoder.forward(weights, config, ids, positions, cache).reshape(-1, config.dim)
-    scores: npt.NDArray[np.float32] = decoder.logits(weights, hidden if rows is None else hidden[rows])
+    """Logits of all tokens, or of those wanted, an op at a time."""
+    tokens = ids[None] if table is None else ids
+    hidden = decoder.forward(weights, config, tokens, table, cache).reshape(-1, config.dim)
+    scores: npt.NDArray[np.float32] = decoder.logits(weights, hidden if wanted is None else hidden[wanted])
     return scores
 
 
@@ -113,63 +112,86 @@ def assert_same_cache(got: KVCache, want: KVCache) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 100])
-def test_prefill_is_bit_equal(isa: None, config: DecoderConfig, dtype: str, tokens: int) -> None:
-    weights, ids = weights_of(config, dtype), some_ids(1, tokens)
+def test_prefill_is_bit_equal(isa: str, config: DecoderConfig, dtype: str, tokens: int) -> None:
+    weights, ids, table = weights_of(config, dtype), some_ids(tokens), at(3, tokens)
     native = native_decoder(config, weights)
     mine, its = cache_of(config), cache_of(config)
-    want = plain(weights, config, ids, up_to(tokens, 3), its)
-    got = native.logits(ids, up_to(tokens, 3), mine.keys, mine.values, rows=every(ids))
-    np.testing.assert_array_equal(got, want)
+    want = plain(weights, config, ids, table, its)
+    np.testing.assert_array_equal(native.logits(ids, every(ids), table, mine.keys, mine.values), want)
     assert_same_cache(mine, its)
+    hidden = decoder.forward(weights, config, ids, table, its)
+    np.testing.assert_array_equal(native.hidden(ids, every(ids), table, mine.keys, mine.values), hidden)
     # The last token's logits alone: the same caches, and the same numbers up to rounding.
     third = cache_of(config)
-    last = native.logits(ids, up_to(tokens, 3), third.keys, third.values)
+    last = native.logits(ids, every(ids)[-1:], table, third.keys, third.values)
     assert last.shape == (1, config.vocab_size)
     assert_same_cache(third, its)
     assert float(np.max(np.abs(last[0] - want[-1]))) <= 3e-6 * float(np.max(np.abs(want)))
     # And no logits at all.
     fourth = cache_of(config)
-    assert native.logits(ids, up_to(tokens, 3), fourth.keys, fourth.values, rows=every(ids)[:0]).shape == (0, 203)
+    assert native.logits(ids, every(ids)[:0], table, fourth.keys, fourth.values).shape == (0, 203)
     assert_same_cache(fourth, its)
 
 
-def test_token_by_token_is_bit_equal(isa: None, config: DecoderConfig, dtype: str) -> None:
-    weights, ids = weights_of(config, dtype), some_ids(1, 9)
+def test_token_by_token_is_bit_equal(isa: str, config: DecoderConfig, dtype: str) -> None:
+    weights, ids = weights_of(config, dtype), some_ids(9)
     native = native_decoder(config, weights)
     mine, its = cache_of(config), cache_of(config)
     for i in range(9):
-        token, at = ids[:, i : i + 1], up_to(1, i)
-        got = native.logits(token, at, mine.keys, mine.values)
-        np.testing.assert_array_equal(got, plain(weights, config, token, at, its))
+        token, table = ids[i : i + 1], at(i, 1)
+        got = native.logits(token, every(token), table, mine.keys, mine.values)
+        np.testing.assert_array_equal(got, plain(weights, config, token, table, its))
     assert_same_cache(mine, its)
 
 
-def test_a_batch_with_padding_is_bit_equal(isa: None, config: DecoderConfig, dtype: str) -> None:
-    weights, ids = weights_of(config, dtype), some_ids(3, 5)
-    positions = np.array([[7, 8, 9, 10, 11], [0, 1, 2, -1, -1], [-1, -1, 4, 5, 6]], np.int32)
+def test_a_ragged_batch_is_bit_equal(isa: str, config: DecoderConfig, dtype: str) -> None:
+    """Decoding, a draft and parts of prompts in one step; pages in no order."""
+    first, counts = [40, 0, 20, 7, 33], [1, 30, 4, 12, 1]
+    weights, ids = weights_of(config, dtype), some_ids(sum(counts))
+    table = page_table(first, counts, np.random.default_rng(3).permutation(15).reshape(5, 3))
     native = native_decoder(config, weights)
-    mine, its = cache_of(config, 3, 40), cache_of(config, 3, 40)
-    rows = np.array([4, 7, 14, 2, 2], np.int32)  # in any order, and again
-    want = plain(weights, config, ids, positions, its, rows)
-    np.testing.assert_array_equal(native.logits(ids, positions, mine.keys, mine.values, rows=rows), want)
+    mine, its = cache_of(config, 15), cache_of(config, 15)
+    want = plain(weights, config, ids, table, its)
+    np.testing.assert_array_equal(native.logits(ids, every(ids), table, mine.keys, mine.values), want)
     assert_same_cache(mine, its)
-    third = cache_of(config, 3, 40)
-    last = native.logits(ids, positions, third.keys, third.values)
-    assert_same_cache(third, its)
-    for row, b in ((0, 0), (2, 2)):
-        assert float(np.max(np.abs(last[b] - want[row]))) <= 3e-6 * float(np.max(np.abs(want)))
+    # Some rows only: none of the second sequence, the last two of the third, two apart of the fourth.
+    for wanted in ([0, 33, 34, 36, 45, 47], [47], [30], [5, 6]):
+        third, rows = cache_of(config, 15), np.array(wanted, np.int32)
+        got = native.logits(ids, rows, table, third.keys, third.values)
+        assert_same_cache(third, its)
+        assert float(np.max(np.abs(got - want[rows]))) <= 3e-6 * float(np.max(np.abs(want)))
+
+
+def test_invariant_logits_do_not_depend_on_the_cuts_or_the_batch(isa: str, config: DecoderConfig, dtype: str) -> None:
+    """A text at once, and in parts beside another one: the same bits, and the same caches."""
+    weights, ids, other = weights_of(config, dtype), some_ids(60), some_ids(20)
+    pages = np.random.default_rng(3).permutation(8).reshape(2, 4)
+    cpu.set_invariant(True)
+    try:
+        native = native_decoder(config, weights)
+        whole, parts = cache_of(config, 8), cache_of(config, 8)
+        want = native.logits(ids, every(ids), page_table([0], [60], pages[:1]), whole.keys, whole.values)
+        native.logits(other, every(other), page_table([0], [20], pages[1:]), whole.keys, whole.values)
+        start = done = 0
+        for count, beside in ((33, 1), (1, 17), (7, 1), (19, 1)):
+            step = np.concatenate([ids[start : start + count], other[done : done + beside]])
+            table, last = page_table([start, done], [count, beside], pages), np.array([count - 1], np.int32)
+            got = native.logits(step, last, table, parts.keys, parts.values)
+            np.testing.assert_array_equal(got[0], want[start + count - 1])
+            start, done = start + count, done + beside
+        assert_same_cache(parts, whole)
+    finally:
+        cpu.set_invariant(False)
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 60])
-def test_without_a_cache_it_is_bit_equal(isa: None, config: DecoderConfig, dtype: str, tokens: int) -> None:
-    weights, ids = weights_of(config, dtype), some_ids(2, tokens)
-    positions = np.tile(up_to(tokens), (2, 1))
-    want = plain(weights, config, ids, positions, None)
+def test_without_a_cache_it_is_bit_equal(isa: str, config: DecoderConfig, dtype: str, tokens: int) -> None:
+    weights, ids = weights_of(config, dtype), some_ids(tokens)
+    want = plain(weights, config, ids)
     native = native_decoder(config, weights)
-    np.testing.assert_array_equal(native.logits(ids, positions, rows=every(ids)), want)
-    ends = np.array([tokens - 1, 2 * tokens - 1], np.int32)
-    want = plain(weights, config, ids, positions, None, ends)
-    np.testing.assert_array_equal(native.logits(ids, positions), want)
+    np.testing.assert_array_equal(native.logits(ids, every(ids)), want)
+    last = native.logits(ids, every(ids)[-1:])
+    assert float(np.max(np.abs(last[0] - want[-1]))) <= 3e-6 * float(np.max(np.abs(want)))
 
 
 PACKED = replace(
@@ -199,30 +221,28 @@ def packed_weights(kind: str, bits: int, keep: bool) -> DecoderWeights:
 
 @pytest.mark.parametrize("kv_type", ["fp32", "fp16", "bf16", "q8_0"])
 @pytest.mark.parametrize(("kind", "bits", "keep"), [("Q8_0", 8, False), ("Q4_0", 4, False), ("Q4_0", 4, True)])
-def test_packed_weights_and_caches_are_bit_equal(isa: None, kind: str, bits: int, keep: bool, kv_type: str) -> None:
+def test_packed_weights_and_caches_are_bit_equal(isa: str, kind: str, bits: int, keep: bool, kv_type: str) -> None:
     weights = packed_weights(kind, bits, keep)
     native = native_decoder(PACKED, weights)
-
-    def cache() -> KVCache:
-        return decoder.make_cache(PACKED, 2, 40, lambda shape: empty_cache(kv_type, shape))
-
-    mine, its, ends = cache(), cache(), cache()
+    mine, its, ends = (cache_of(PACKED, 6, kv_type) for _ in range(3))
+    pages = np.random.default_rng(4).permutation(6).reshape(2, 3)
     for start, tokens in ((0, 21), (21, 1), (22, 1)):
-        ids, at = some_ids(2, tokens), np.tile(up_to(tokens, start), (2, 1))
-        want = plain(weights, PACKED, ids, at, its)
-        np.testing.assert_array_equal(native.logits(ids, at, mine.keys, mine.values, rows=every(ids)), want)
-        last = native.logits(ids, at, ends.keys, ends.values)
+        ids, table = some_ids(2 * tokens), page_table([start] * 2, [tokens] * 2, pages)
+        want = plain(weights, PACKED, ids, table, its)
+        np.testing.assert_array_equal(native.logits(ids, every(ids), table, mine.keys, mine.values), want)
+        wanted = table.starts[1:] - np.int32(1)
+        last = native.logits(ids, wanted, table, ends.keys, ends.values)
         # int8 activations turn a rounding of attention into steps of a 127th.
-        assert float(np.max(np.abs(last - want[tokens - 1 :: tokens]))) <= 2e-2 * float(np.max(np.abs(want)))
+        assert float(np.max(np.abs(last - want[wanted]))) <= 2e-2 * float(np.max(np.abs(want)))
     assert_same_cache(mine, its)
 
 
 def test_weights_live_as_long_as_the_decoder() -> None:
-    ids = some_ids(1, 4)
-    want = plain(weights_of(CONFIG), CONFIG, ids, up_to(4), None)
+    ids = some_ids(4)
+    want = plain(weights_of(CONFIG), CONFIG, ids)
     native = native_decoder(CONFIG, weights_of(CONFIG))
     rubbish = [np.full(shape, np.nan, np.float32) for shape in decoder.shapes(CONFIG).values()]
-    np.testing.assert_array_equal(native.logits(ids, up_to(4), rows=every(ids)), want)
+    np.testing.assert_array_equal(native.logits(ids, every(ids)), want)
     assert rubbish
 
 
@@ -230,9 +250,8 @@ def test_tables_of_rope_grow() -> None:
     weights = weights_of(CONFIG)
     native = native_decoder(CONFIG, weights)
     for tokens in (3, 90, 600):
-        ids = some_ids(1, tokens)
-        want = plain(weights, CONFIG, ids, up_to(tokens), None)
-        np.testing.assert_array_equal(native.logits(ids, up_to(tokens), rows=every(ids)), want)
+        ids = some_ids(tokens)
+        np.testing.assert_array_equal(native.logits(ids, every(ids)), plain(weights, CONFIG, ids))
 
 
 @pytest.mark.parametrize(
@@ -267,47 +286,54 @@ def test_dimensions_that_do_not_fit(change: dict[str, int]) -> None:
 
 
 def test_calls_that_do_not_fit() -> None:
+    """What a table may not say is in test_attention.py; here, that it is asked."""
     native = native_decoder(CONFIG, weights_of(CONFIG))
-    ids, at = some_ids(2, 3), np.tile(up_to(3), (2, 1))
-    cache = cache_of(CONFIG, 2, 8)
-    untouched = cache_of(CONFIG, 2, 8)
-    k, v = list(cache.keys), list(cache.values)
+    ids, table = some_ids(6), page_table([0, 3], [4, 2], [[1], [0]])
+    cache, untouched = cache_of(CONFIG, 2), cache_of(CONFIG, 2)
+    k, v, rows = list(cache.keys), list(cache.values), every(ids)
 
-    def refused(error: type[Exception], says: str, *arguments: Any, rows: Any = None) -> None:
+    def refused(
+        error: type[Exception],
+        says: str,
+        ids: Any = ids,
+        wanted: Any = rows,
+        table: Any = table,
+        k: Any = k,
+        v: Any = v,
+    ) -> None:
         with pytest.raises(error, match=says):
-            native.logits(*arguments, rows=rows)
+            native.logits(ids, wanted, table, k, v)
 
-    for bad in (-1, CONFIG.vocab_size):
-        refused(ValueError, f"ids: {bad} is not in a vocabulary of 203", np.where(ids == ids[1, 2], bad, ids), at, k, v)
-    for bad in (-2, 8, 2**31 - 1):
+    for outside in (-1, CONFIG.vocab_size):
         refused(
             ValueError,
-            f"positions: {bad} is not in a cache of 8",
-            ids,
-            np.where(at == 1, bad, at).astype(np.int32),
-            k,
-            v,
+            f"ids: {outside} is not in a vocabulary of 203",
+            np.where(ids == ids[2], outside, ids).astype(np.int32),
         )
-    refused(ValueError, "positions: 3 is not", ids, at + np.int32(1))  # no cache: 0 to 2
-    refused(TypeError, "ids must be int32, not int64", ids.astype(np.int64), at, k, v)
-    refused(ValueError, "ids: no tokens", ids[:, :0], at[:, :0], k, v)
-    refused(ValueError, "ids has the wrong number", ids[0], at, k, v)
-    refused(ValueError, "ids must be C-contiguous", ids[:, ::2], at[:, ::2], k, v)
-    refused(ValueError, r"positions must have the shape \[2, 3\]", ids, at[:1], k, v)
-    refused(ValueError, "3 and 2 arrays for 3 layers", ids, at, k, v[:2])
-    refused(ValueError, "2 and 2 arrays for 3 layers", ids, at, k[:2], v[:2])
-    refused(ValueError, r"keys must have the shape \[2, 8, 3, 8\]", ids, at, [k[0], k[1], k[2][:1]], v)
-    refused(ValueError, r"values must have the shape \[2, 8, 3, 8\]", ids, at, k, [v[0][:, :7].copy(), *v[1:]])
-    refused(ValueError, r"keys must have the shape \[1, 8", ids[:1], at[:1], k, v)
-    refused(TypeError, "values must be float32", ids, at, k, [v[0], v[1], v[2].astype(np.float64)])
-    refused(TypeError, "keys and values must be of one type", ids, at, k, [v[0], v[1], v[2].astype(np.float16)])
-    refused(TypeError, "not Q4_0", ids, at, [Packed("Q4_0", (2, 8, 3, 32), np.zeros((2, 8, 3, 18), np.uint8))] * 3, v)
+    refused(TypeError, "ids must be int32, not int64", ids.astype(np.int64))
+    refused(ValueError, "ids: no tokens", ids[:0])
+    refused(ValueError, "ids has the wrong number", ids[None])
+    refused(ValueError, "ids must be C-contiguous", np.repeat(ids, 2)[::2])
+    refused(ValueError, r"positions must have the shape \[6\]", table=page_table([0], [4], [[1]]))
+    for positions in ([0, 1, 2, 3, 15, 16], [0, 1, 2, 3, 2**31 - 2, 2**31 - 1]):
+        refused(ValueError, "1 pages a sequence", table=table._replace(positions=np.array(positions, np.int32)))
+    refused(ValueError, "2 is not in a cache of 2", table=table._replace(pages=np.array([[1], [2]], np.int32)))
+    refused(ValueError, "0 and 0 arrays for 3 layers", k=(), v=())
+    refused(ValueError, "and no table", table=None)
+    refused(ValueError, "3 and 2 arrays for 3 layers", v=v[:2])
+    refused(ValueError, "2 and 2 arrays for 3 layers", k=k[:2], v=v[:2])
+    refused(ValueError, r"keys must have the shape \[2, 16, 3, 8\]", k=[k[0], k[1], k[2][:1]])
+    refused(ValueError, r"values must have the shape \[2, 16, 3, 8\]", v=[v[0], v[1][:, :, :2].copy(), v[2]])
+    refused(ValueError, r"keys must have the shape \[2, 16, 3, 8\]", k=[k[0][..., :7].copy(), *k[1:]])
+    refused(TypeError, "values must be float32", v=[v[0], v[1], v[2].astype(np.float64)])
+    refused(TypeError, "keys and values must be of one type", v=[v[0], v[1], v[2].astype(np.float16)])
+    refused(TypeError, "not Q4_0", k=[Packed("Q4_0", (2, 16, 3, 32), np.zeros((2, 16, 3, 18), np.uint8))] * 3)
     frozen = v[2].copy()
     frozen.flags.writeable = False
-    refused(TypeError, "incompatible", ids, at, k, [v[0], v[1], frozen])
-    for bad in (-1, 6):
-        refused(ValueError, f"rows: {bad} is not one of 6", ids, at, k, v, rows=np.array([0, bad], np.int32))
-    refused(TypeError, "rows must be int32", ids, at, k, v, rows=np.array([0]))
+    refused(TypeError, "incompatible", v=[v[0], v[1], frozen])
+    for bad in ([0, -1], [5, 6], [3, 2], [1, 1]):
+        refused(ValueError, f"wanted: {bad[1]} is not one of 6 rows, or not above", wanted=np.array(bad, np.int32))
+    refused(TypeError, "wanted must be int32", wanted=np.array([0]))
     for a, b in zip((*cache.keys, *cache.values), (*untouched.keys, *untouched.values), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -316,13 +342,13 @@ def test_two_threads_at_once_get_their_own_results() -> None:
     """Of different lengths, so that they need scratch of different sizes."""
     config = replace(CONFIG, dim=128, hidden_dim=400)  # long enough that the lock of the interpreter is let go
     native = native_decoder(config, weights_of(config))
-    texts = [some_ids(1, tokens) for tokens in (40, 90, 130, 61)]
-    want = [native.logits(ids, up_to(ids.size), rows=every(ids)) for ids in texts]
+    texts = [some_ids(tokens) for tokens in (40, 90, 130, 61)]
+    want = [native.logits(ids, every(ids)) for ids in texts]
     wrong: list[int] = []
 
     def work(i: int) -> None:
         for _ in range(12):
-            if not np.array_equal(native.logits(texts[i], up_to(texts[i].size), rows=every(texts[i])), want[i]):
+            if not np.array_equal(native.logits(texts[i], every(texts[i])), want[i]):
                 wrong.append(i)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(texts))]
@@ -343,18 +369,18 @@ warnings.simplefilter("ignore")
 cpu.set_threads(2)
 config = replace(CONFIG, dim=128, hidden_dim=400)
 native = native_decoder(config, weights_of(config))
-ids = some_ids(1, 120)
-want = native.logits(ids, up_to(120))
+ids = some_ids(120)
+want = native.logits(ids, every(ids)[-1:])
 stop = False
 def busy():
     while not stop:
-        native.logits(ids, up_to(120))
+        native.logits(ids, every(ids)[-1:])
 other = threading.Thread(target=busy)
 other.start()
 for _ in range(5):
     child = os.fork()
     if child == 0:
-        os._exit(0 if np.array_equal(native.logits(ids, up_to(120)), want) else 1)
+        os._exit(0 if np.array_equal(native.logits(ids, every(ids)[-1:]), want) else 1)
     assert os.waitpid(child, 0)[1] == 0
 stop = True
 other.join()
@@ -369,10 +395,10 @@ import sys, threading, time
 from test_forward import *
 config = replace(CONFIG, dim=128, hidden_dim=400)
 native = native_decoder(config, weights_of(config))
-ids = some_ids(1, 120)
+ids = some_ids(120)
 def busy():
     while True:
-        native.logits(ids, up_to(120))
+        native.logits(ids, every(ids)[-1:])
 threading.Thread(target=busy, daemon=True).start()
 time.sleep(0.1)
 print("done")
@@ -399,7 +425,7 @@ def test_a_signal_ends_a_long_call_between_layers() -> None:
     weights = replace(one, layers=one.layers * 80)  # the same arrays: no memory
     native = native_decoder(config, weights)
     cpu.use("scalar")
-    cache = cache_of(config, 1, 600)
+    cache, ids = cache_of(config, 38), some_ids(600)
 
     class InterruptError(Exception):
         pass
@@ -411,15 +437,14 @@ def test_a_signal_ends_a_long_call_between_layers() -> None:
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.15)
         with pytest.raises(InterruptError):
-            native.logits(some_ids(1, 600), up_to(600), cache.keys, cache.values)
+            native.logits(ids, every(ids)[-1:], at(0, 600, 38), cache.keys, cache.values)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert np.any(cache.keys[0])
     assert not np.any(cache.keys[-1])
-    ids = some_ids(1, 2)
-    want = plain(weights, config, ids, up_to(2), None)
-    np.testing.assert_array_equal(native.logits(ids, up_to(2), rows=every(ids)), want)
+    ids = some_ids(2)
+    np.testing.assert_array_equal(native.logits(ids, every(ids)), plain(weights, config, ids))
 
 
 def test_unaligned_weights_are_read_where_they_lie() -> None:
@@ -434,9 +459,9 @@ def test_unaligned_weights_are_read_where_they_lie() -> None:
 
     weights = weights_of(CONFIG, "bf16")
     shifted = replace(tree_map(moved, replace(weights, inv_freq=weights.norm)), inv_freq=weights.inv_freq)
-    ids = some_ids(1, 5)
-    want = native_decoder(CONFIG, weights).logits(ids, up_to(5))
-    np.testing.assert_array_equal(native_decoder(CONFIG, shifted).logits(ids, up_to(5)), want)
+    ids = some_ids(5)
+    want = native_decoder(CONFIG, weights).logits(ids, every(ids))
+    np.testing.assert_array_equal(native_decoder(CONFIG, shifted).logits(ids, every(ids)), want)
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(1 << 62, 4), (4, 1 << 62), (1 << 32, 1 << 32)])

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import puna
+from puna.kernels.layouts import page_table
 
 cpu = pytest.importorskip("puna.kernels.cpu", reason="the C++ extension is not built here")
 
@@ -166,16 +167,17 @@ def test_two_threads_at_once_get_their_own_results(threads_restored: None) -> No
 def test_results_do_not_depend_on_the_number_of_threads(threads_restored: None) -> None:
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((700, 300), dtype=np.float32)
-    q = rng.standard_normal((2, 40, 4, 16), dtype=np.float32)
-    k = rng.standard_normal((2, 1500, 2, 16), dtype=np.float32)
-    positions = np.tile(np.arange(1460, 1500, dtype=np.int32), (2, 1))
+    q = rng.standard_normal((82, 4, 16), dtype=np.float32)
+    k = rng.standard_normal((47 * 2, 32, 2, 16), dtype=np.float32)
+    pages = rng.permutation(94).reshape(2, 47)
+    table = page_table([1460, 1440], [40, 42], pages)
     results = []
     for threads in (1, 2, 4):
         cpu.set_threads(threads)
         assert cpu.threads() == threads
         few, many = (cpu.linear(rng_rows(rows), weight) for rows in (2, 120))
-        last = np.ascontiguousarray(q[:, :1]), k, k, np.ascontiguousarray(positions[:, -1:])
-        results.append((few, many, cpu.attention(q, k, k, positions), cpu.attention(*last)))
+        last = cpu.attention(q[:2], k, k, page_table([1499, 1481], [1, 1], pages))
+        results.append((few, many, cpu.attention(q, k, k, table), last))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert np.array_equal(a, b)

@@ -12,16 +12,7 @@ from puna.kernels import reference as ref
 from puna.kernels import torch_ops
 
 cpu = pytest.importorskip("puna.kernels.cpu", reason="the C++ extension is not built here")
-
-TABLES = [(index, reason) for index, (_, runs, reason) in enumerate(cpu._cpu.tables()) if runs]
-
-
-@pytest.fixture(params=TABLES, ids=[reason.removeprefix("cpuid: ") for _, reason in TABLES], autouse=True)
-def isa(request: pytest.FixtureRequest) -> Any:
-    """Every test of this file runs once an instruction set."""
-    cpu._cpu.use(request.param[0])
-    yield request.param[1]
-    cpu.use()
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 def check(logits: Any, k: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from puna.kernels import reference as ref
-from puna.kernels.layouts import BF16
+from puna.kernels.layouts import BF16, PageTable, page_table
 
 torch = pytest.importorskip("torch", reason="needs the extra `torch`")
 
@@ -93,25 +93,43 @@ def test_rope(dtype: str, interleaved: bool) -> None:
 
 
 def test_write_kv(dtype: str) -> None:
-    (k, k64), (v, v64) = normal(1, dtype, 2, 3, 2, 5), normal(2, dtype, 2, 3, 2, 5)
-    positions = np.array([[0, 5, -1], [-1, 3, 4]], np.int32)
-    cache_k, cache_v = torch.zeros(2, 6, 2, 5, dtype=k.dtype), torch.ones(2, 6, 2, 5, dtype=k.dtype)
+    (k, k64), (v, v64) = normal(1, dtype, 5, 2, 5), normal(2, dtype, 5, 2, 5)
+    table = page_table([3, 0], [2, 3], [[0, 4], [2, 1]])
+    cache_k, cache_v = torch.zeros(5, 4, 2, 5, dtype=k.dtype), torch.ones(5, 4, 2, 5, dtype=k.dtype)
     want_k, want_v = cache_k.double().numpy(), cache_v.double().numpy()
-    ref.write_kv(want_k, want_v, k64, v64, positions)
-    ops.write_kv(cache_k, cache_v, k, v, torch.as_tensor(positions))
+    ref.write_kv(want_k, want_v, k64, v64, table)
+    ops.write_kv(cache_k, cache_v, k, v, on_torch(table))
     assert np.array_equal(cache_k.double().numpy(), want_k)
     assert np.array_equal(cache_v.double().numpy(), want_v)
+    assert np.array_equal(want_k[0, 3], k64[0])
+    assert np.array_equal(want_k[4, 0], k64[1])
+    assert np.array_equal(want_k[2, :3], k64[2:])
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_attention(dtype: str, padded: bool) -> None:
-    S = 9 if padded else 5
-    (q, q64), (k, k64), (v, v64) = (normal(i, dtype, 2, n, h, 6) for i, n, h in ((1, 5, 6), (2, S, 2), (3, S, 2)))
-    positions = np.array([[-1, -1, 0, 1, 2], [4, 5, 6, 7, 8]], np.int32) if padded else None
-    got = ops.attention(q, k, v, None if positions is None else torch.as_tensor(positions))
-    assert_close(got, ref.attention(q64, k64, v64, positions), dtype)
-    if padded:
-        assert not got[0, :2].any()
+def test_attention_over_pages(dtype: str) -> None:
+    """Of shuffled numbers and any size, one shared; what no token sees is NaN."""
+    first, counts = [2, 0, 7], [1, 5, 2]
+    table = page_table(first, counts, [[3, 5, -9], [0, 2, -9], [3, 1, 6]])
+    (q, q64), (k, k64), (v, v64) = (
+        normal(i, dtype, *shape) for i, shape in ((1, (8, 6, 6)), (2, (7, 3, 2, 6)), (3, (7, 3, 2, 6)))
+    )
+    for cache, cache64 in ((k, k64), (v, v64)):
+        cache[4:6], cache64[4:6] = torch.nan, np.nan
+    got = ops.attention(q, k, v, on_torch(table))
+    want = ref.attention(q64, k64, v64, table)
+    assert np.all(np.isfinite(want))
+    assert_close(got, want, dtype)
+
+
+def test_attention_of_whole_stretches(dtype: str) -> None:
+    (q, q64), (k, k64), (v, v64) = (normal(i, dtype, 2, 5, h, 6) for i, h in ((1, 6), (2, 2), (3, 2)))
+    assert_close(ops.attention(q, k, v, None), ref.attention(q64, k64, v64, None), dtype)
+
+
+def test_positions() -> None:
+    got = ops.positions(torch.zeros(2, 3, dtype=torch.int32))
+    assert got.dtype == torch.int32
+    assert got.tolist() == ref.positions(np.zeros((2, 3), np.int32)).tolist() == [[0, 1, 2]] * 2
 
 
 def test_swiglu(dtype: str) -> None:
@@ -126,6 +144,10 @@ def test_argmax(dtype: str) -> None:
     assert np.array_equal(got.numpy(), ref.argmax(logits64))
 
 
+def on_torch(table: PageTable) -> PageTable:
+    return PageTable(*(torch.from_numpy(array) for array in table))
+
+
 def leaf(seed: int, *shape: int) -> Any:
     return normal(seed, "float64", *shape)[0].requires_grad_()
 
@@ -136,7 +158,6 @@ def test_gradients() -> None:
     cos, sin = (
         torch.as_tensor(a).double() for a in ref.rope_table(np.arange(3, dtype=np.int32), np.ones(2, np.float32))
     )
-    positions = torch.tensor([[-1, 0, 1]])
     cases: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         "embedding": (lambda table: ops.embedding(table, ids), (leaf(1, 3, 4),)),
         "rms_norm": (lambda x, w: ops.rms_norm(x, w, 1e-5), (leaf(1, 2, 4), leaf(2, 4))),
@@ -145,10 +166,6 @@ def test_gradients() -> None:
         "rope neighbours": (lambda x: ops.rope(x, cos, sin, True), (leaf(1, 3, 2, 4),)),
         "attention": (
             lambda q, k, v: ops.attention(q, k, v, None),
-            (leaf(1, 1, 3, 4, 2), leaf(2, 1, 3, 2, 2), leaf(3, 1, 3, 2, 2)),
-        ),
-        "attention with padding": (
-            lambda q, k, v: ops.attention(q, k, v, positions),
             (leaf(1, 1, 3, 4, 2), leaf(2, 1, 3, 2, 2), leaf(3, 1, 3, 2, 2)),
         ),
         "swiglu": (ops.swiglu, (leaf(1, 2, 3), leaf(2, 2, 3))),

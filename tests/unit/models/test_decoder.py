@@ -1,4 +1,4 @@
-"""The decoder's own promises: its tree, its cache and its padding, on the NumPy reference.
+"""The decoder's own promises: its tree, its cache and its batches, on the NumPy reference.
 
 What it is not: agreement with anybody else (`tests/agreement`), or the sizes of released models (`test_shapes.py`).
 """
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from puna.kernels import ops
+from puna.kernels.layouts import PageTable, page_table
 from puna.models import decoder
 from puna.models.config import DecoderConfig
 from puna.models.rope import Rope
@@ -42,13 +43,18 @@ def random_weights(config: DecoderConfig) -> DecoderWeights:
     return decoder.build(config, lambda name: random.standard_normal(table[name], np.float32) * np.float32(0.4))
 
 
-def empty(config: DecoderConfig, batch: int, capacity: int, fill: float = 0.0) -> KVCache:
-    return decoder.make_cache(config, batch, capacity, lambda shape: np.full(shape, fill, np.float32))
+def empty(config: DecoderConfig, pages: int, page: int, fill: float = 0.0) -> KVCache:
+    return decoder.make_cache(config, pages, page, lambda shape: np.full(shape, fill, np.float32))
 
 
-def scores(weights: DecoderWeights, config: DecoderConfig, ids: Any, positions: Any, cache: KVCache | None) -> Any:
-    ids, positions = np.asarray(ids, np.int32), np.asarray(positions, np.int32)
-    return decoder.logits(weights, decoder.forward(weights, config, ids, positions, cache))
+def scores(
+    weights: DecoderWeights,
+    config: DecoderConfig,
+    ids: Any,
+    table: PageTable | None = None,
+    cache: KVCache | None = None,
+) -> Any:
+    return decoder.logits(weights, decoder.forward(weights, config, np.asarray(ids, np.int32), table, cache))
 
 
 @pytest.fixture(params=[CONFIG, UNUSUAL], ids=["plain", "unusual"])
@@ -105,43 +111,53 @@ def test_tree_map_keeps_the_form(config: DecoderConfig) -> None:
 
 def test_make_cache() -> None:
     cache = empty(CONFIG, 5, 9)
-    assert cache.capacity == 9
     assert [a.shape for a in (*cache.keys, *cache.values)] == [(5, 9, 3, 4)] * 4
     assert len({id(a) for a in (*cache.keys, *cache.values)}) == 4
 
 
-def test_padding_leaves_the_cache_untouched(config: DecoderConfig) -> None:
+def test_a_table_and_a_cache_belong_together() -> None:
+    weights = random_weights(CONFIG)
+    with pytest.raises(ValueError, match="belong together"):
+        scores(weights, CONFIG, [1], page_table([0], [1], [[0]]))
+    with pytest.raises(ValueError, match="belong together"):
+        scores(weights, CONFIG, [[1]], None, empty(CONFIG, 1, 4))
+
+
+def test_only_the_places_of_the_tokens_are_written(config: DecoderConfig) -> None:
     weights = random_weights(config)
-    cache = empty(config, 2, 8, fill=7.0)
-    # Row 0 writes positions 2 and 3, row 1 position 0; the padding stands before, between and after.
-    scores(weights, config, [[1, 2, 3, 4], [5, 6, 7, 8]], [[-1, 2, 3, -1], [-1, 0, -1, -1]], cache)
-    written = np.array([[s in (2, 3) for s in range(8)], [s == 0 for s in range(8)]])
+    cache = empty(config, 4, 3, fill=7.0)
+    # One sequence's positions 2 and 3, in pages 3 and 1; another's position 0, in page 2.
+    scores(weights, config, [1, 2, 3], page_table([2, 0], [2, 1], [[3, 1], [2, 9]]), cache)
+    written = np.zeros((4, 3), bool)
+    written[[3, 1, 2], [2, 0, 0]] = True
     for array in (*cache.keys, *cache.values):
         assert np.all(array[~written] == 7.0)
         assert np.all(array[written] != 7.0)
 
 
-def test_padding_does_not_show_in_other_rows(config: DecoderConfig) -> None:
+def test_sequences_do_not_show_in_each_other(config: DecoderConfig) -> None:
     weights = random_weights(config)
-    alone = scores(weights, config, [[3, 1, 4]], [[0, 1, 2]], empty(config, 1, 3))
-    for filler in (0, 9):
-        ids = [[filler, 3, 1, filler, 4], [filler] * 5]
-        positions = [[-1, 0, 1, -1, 2], [-1] * 5]
-        both = scores(weights, config, ids, positions, empty(config, 2, 3))
-        assert np.all(np.isfinite(both))
-        np.testing.assert_allclose(both[0, [1, 2, 4]], alone[0], rtol=1e-5, atol=1e-6)
+    alone = scores(weights, config, [3, 1, 4], page_table([0], [3], [[0]]), empty(config, 1, 3))
+    for other in (0, 9):
+        table = page_table([0, 0, 0], [2, 3, 1], [[1, 4], [3, 0], [2, 7]])
+        both = scores(weights, config, [other, 5, 3, 1, 4, other], table, empty(config, 5, 2))
+        np.testing.assert_allclose(both[2:5], alone, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("sizes", [[1] * 9, [4, 5], [1, 6, 2], [8, 1]])
 def test_chunks_give_what_the_whole_gives(config: DecoderConfig, sizes: list[int]) -> None:
     weights = random_weights(config)
     ids = np.random.default_rng(2).integers(0, config.vocab_size, (2, 9), dtype=np.int32)
-    positions = np.tile(np.arange(9, dtype=np.int32), (2, 1))
-    whole_cache, cache = empty(config, 2, 9), empty(config, 2, 9)
-    whole = scores(weights, config, ids, positions, whole_cache)
-    no_cache = scores(weights, config, ids, positions, None)
+    pages = np.array([[5, 0, 3], [2, 4, 1]], np.int32)
+    whole_cache, cache = empty(config, 6, 4), empty(config, 6, 4)
+    whole = scores(weights, config, ids.reshape(-1), page_table([0, 0], [9, 9], pages), whole_cache).reshape(2, 9, -1)
+    no_cache = scores(weights, config, ids)
     edges = np.cumsum([0, *sizes])
-    pieces = [scores(weights, config, ids[:, a:b], positions[:, a:b], cache) for a, b in pairwise(edges)]
+    pieces = [
+        scores(weights, config, ids[:, a:b].reshape(-1), page_table([a, a], [b - a, b - a], pages), cache)
+        for a, b in pairwise(edges)
+    ]
+    pieces = [piece.reshape(2, -1, piece.shape[-1]) for piece in pieces]
     np.testing.assert_allclose(np.concatenate(pieces, 1), whole, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(no_cache, whole, rtol=1e-4, atol=1e-5)
     for one, other in zip((*cache.keys, *cache.values), (*whole_cache.keys, *whole_cache.values), strict=True):
@@ -150,30 +166,31 @@ def test_chunks_give_what_the_whole_gives(config: DecoderConfig, sizes: list[int
 
 def test_a_token_sees_nothing_after_it(config: DecoderConfig) -> None:
     weights = random_weights(config)
-    ids = np.array([[3, 1, 4, 1, 5, 9]], np.int32)
+    ids = np.array([3, 1, 4, 1, 5, 9], np.int32)
     changed = ids.copy()
-    changed[0, 4] = 2
-    positions = np.arange(6, dtype=np.int32)[None]
-    for cache in (True, False):
+    changed[4] = 2
+    table = page_table([0], [6], [[1, 0]])
+    for cached in (True, False):
         one, other = (
-            scores(weights, config, x, positions, empty(config, 1, 6) if cache else None) for x in (ids, changed)
+            scores(weights, config, x, table, empty(config, 2, 4)) if cached else scores(weights, config, x[None])[0]
+            for x in (ids, changed)
         )
-        np.testing.assert_array_equal(one[:, :4], other[:, :4])
-        assert np.abs(one[:, 4:] - other[:, 4:]).max() > 0.01
+        np.testing.assert_array_equal(one[:4], other[:4])
+        assert np.abs(one[4:] - other[4:]).max() > 0.01
 
 
 def test_rewriting_the_cache_forgets_what_was_there(config: DecoderConfig) -> None:
     """Going back to a position (a branch, a rejected draft) needs no clearing: what lies beyond is not seen."""
-    weights = random_weights(config)
-    cache = empty(config, 1, 6)
-    scores(weights, config, [[3, 1, 4, 1, 5, 9]], [[0, 1, 2, 3, 4, 5]], cache)
-    again = scores(weights, config, [[7, 8]], [[2, 3]], cache)
-    fresh = scores(weights, config, [[3, 1, 7, 8]], [[0, 1, 2, 3]], empty(config, 1, 6))
-    np.testing.assert_allclose(again[0], fresh[0, 2:], rtol=1e-4, atol=1e-5)
+    weights, pages = random_weights(config), [[1, 0]]
+    cache = empty(config, 2, 4)
+    scores(weights, config, [3, 1, 4, 1, 5, 9], page_table([0], [6], pages), cache)
+    again = scores(weights, config, [7, 8], page_table([2], [2], pages), cache)
+    fresh = scores(weights, config, [3, 1, 7, 8], page_table([0], [4], pages), empty(config, 2, 4))
+    np.testing.assert_allclose(again, fresh[2:], rtol=1e-4, atol=1e-5)
 
 
 def test_position_matters(config: DecoderConfig) -> None:
     """The same two tokens the other way round, read by a third: rope tells them apart."""
     weights = random_weights(config)
-    one, other = (scores(weights, config, [[*pair, 4]], [[0, 1, 2]], None)[0, 2] for pair in ([3, 1], [1, 3]))
+    one, other = (scores(weights, config, [[*pair, 4]])[0, 2] for pair in ([3, 1], [1, 3]))
     assert np.abs(one - other).max() > 1e-3

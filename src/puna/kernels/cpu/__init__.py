@@ -3,11 +3,12 @@
 What it is: each function takes what its namesake in `puna.kernels.reference` takes, allocates the result and calls
 C++, which checks every type, shape, stride, id and position before it touches memory. Which instruction set serves is
 settled by `use()`; the threads of all ops are one pool.
-What it is not: a place that converts. Activations are C-contiguous float32, ids and positions int32; any other type
-raises TypeError, any shape, stride, id or position that does not fit raises ValueError.
-What is surprising: with AVX-512 BF16, `linear` on bfloat16 weights rounds its input rows to bfloat16 (sums stay
-float32), and so does `attention` of more than 8 tokens over a cache of 16 bits or less; every other instruction set
-keeps them in float32. `rope_table` is not here: NumPy's serves.
+What it is not: a place that converts. Activations are C-contiguous float32, ids and tables int32; any other type raises
+TypeError, any shape, stride, id, position or page number that does not fit raises ValueError.
+What is surprising: a page holds a multiple of 16 tokens. With AVX-512 BF16, `linear` on bfloat16 weights rounds its
+input rows to bfloat16 (sums stay float32), and so does `attention` of more than 8 tokens of a sequence over a cache of
+16 bits or less; every other instruction set keeps them in float32. `positions` and `rope_table` are not here: NumPy's
+serve.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from puna.errors import DeviceError
 from puna.kernels import _cpu, blocks
 from puna.kernels.blocks import TYPES
 from puna.kernels.encode import KINDS, check, quantize, too_large
-from puna.kernels.layouts import BF16, Cache, Packed, Panels, Weight
-from puna.kernels.reference import rope_table
+from puna.kernels.layouts import BF16, Cache, Mapped, Packed, PageTable, Panels, Weight, mapping
+from puna.kernels.reference import SUM_PART, rope_table
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -63,6 +64,15 @@ def keep_freed_memory() -> bool:
 def set_threads(count: int) -> None:
     """How many threads the ops may use, the calling one included. Raises ValueError unless it lies in 1 to 1024."""
     _cpu.set_threads(count)
+
+
+def set_invariant(invariant: bool) -> None:
+    """Whether a token's bits depend on its own sequence's tokens only, not on how many of them share a call either.
+
+    `linear` and `attention` then take any number of rows the way they take few: decode costs nothing more, a long
+    prefill up to a fifth (docs/log.md). It holds for the whole process.
+    """
+    _cpu.set_invariant(invariant)
 
 
 def threads() -> int:
@@ -110,20 +120,19 @@ def prepare(weight: Weight, keep: bool = False) -> Weight:
     return Panels(kind, (rows, columns), _cpu.regroup(data, _TYPES[kind], rows, columns))
 
 
-def prepare_mapped(weights: Sequence[Packed]) -> list[Weight]:
+def prepare_mapped(weights: Sequence[Mapped]) -> list[Weight]:
     """`prepare` for packed matrices that lie in mapped files, whose pages are given back as they are read.
 
-    Never for other memory: what was given back is gone. The panels share one piece of memory. Other threads run
-    meanwhile. Raises what `prepare` does.
+    The panels share one piece of memory. Other threads run meanwhile. Raises TypeError for a type without a kernel of
+    its own, and ValueError for other memory, of which what is given back would be gone.
     """
-    own = [weight for weight in weights if weight.kind in _TYPES]
-    regrouped = _cpu.regroup_mapped([_matrix(weight, "prepare_mapped") for weight in own])
-    panels = {id(weight): data for weight, data in zip(own, regrouped, strict=True)}
+    for weight in weights:
+        if mapping(weight) is None:
+            raise ValueError(f"prepare_mapped: {weight.kind} {list(weight.shape)} is no view of a mapped file")
+    regrouped = _cpu.regroup_mapped([_matrix(weight, "prepare_mapped") for weight in weights])
     return [
-        Panels(weight.kind, (weight.shape[0], weight.shape[1]), panels[id(weight)])
-        if id(weight) in panels
-        else prepare(weight)
-        for weight in weights
+        Panels(weight.kind, (weight.shape[0], weight.shape[1]), data)
+        for weight, data in zip(weights, regrouped, strict=True)
     ]
 
 
@@ -193,27 +202,28 @@ def rope(x: F32, cos: F32, sin: F32, interleaved: bool) -> F32:
     return out
 
 
-def write_kv(cache_k: Cache, cache_v: Cache, k: F32, v: F32, positions: I32) -> None:
-    """Store k, v [B, T, G, D] in the caches [B, S, G, D] at `positions` [B, T], in place; -1 is not stored.
+def write_kv(cache_k: Cache, cache_v: Cache, k: F32, v: F32, table: PageTable) -> None:
+    """Store k, v [N, G, D] in the caches [pages, page, G, D] where `table` says, in place.
 
-    The caches' type says how numbers are rounded: see `puna.kernels.reference.to_cache`. Raises ValueError for a
-    position below -1 or beyond the cache, before anything is stored.
+    The caches' type says how numbers are rounded: see `puna.kernels.reference.to_cache`. Raises ValueError for a table
+    that does not fit, before anything is stored. No two tokens may go to the same place.
     """
     keys, values, kind = _caches(cache_k, cache_v)
-    _cpu.write_kv(keys, values, kind, k, v, positions)
+    _cpu.write_kv(keys, values, kind, k, v, table)
 
 
-def attention(q: F32, k: Cache, v: Cache, positions: I32 | None, bf16: bool = False) -> F32:
-    """Causal grouped attention: q [B, T, H, D], k and v [B, S, G, D] → [B, T, H, D].
+def attention(q: F32, k: Cache, v: Cache, table: PageTable | None, bf16: bool = False) -> F32:
+    """Causal attention of q [N, H, D] over caches [pages, page, G, D], or of whole stretches: see the reference.
 
     A token's result has the same bits alone and among up to 8 of its sequence, and again among any larger number;
-    between the two it differs by rounding. The batch never matters. With `bf16` the second of them rounds queries,
-    keys, values and the softmax's numerators to bfloat16, where the processor multiplies that faster and the cache is
-    not float32. Raises ValueError for a position below -1 or beyond the cache.
+    between the two it differs by rounding, unless `set_invariant` forbids it. Other sequences and the size of a page
+    never matter. With `bf16` the second of them rounds queries, keys, values and the softmax's numerators to bfloat16,
+    where the processor multiplies that faster and the cache is not float32. Raises ValueError for a table that does
+    not fit.
     """
     keys, values, kind = _caches(k, v)
     out = np.empty(q.shape, np.float32)
-    _cpu.attention(q, keys, values, kind, positions, bf16, out)
+    _cpu.attention(q, keys, values, kind, table, bf16, out)
     return out
 
 
@@ -258,7 +268,8 @@ class Decoder:
     """A whole forward of the dense decoder (`models/decoder.py`) as one call, over the same weights.
 
     What it is: these ops in that file's order, so the same bits, without Python between them; the lock of the
-    interpreter is released once a call. Two threads may call at once. Caches are the caller's.
+    interpreter is released once a call. Two threads may call at once. Caches are the caller's. Of the last layer only
+    rows that are wanted are computed, and those between them in a sequence.
     """
 
     def __init__(
@@ -288,37 +299,67 @@ class Decoder:
         )  # fmt: skip
         self._vocabulary = embedding.shape[0]
         self._inv_freq = inv_freq
-        self._rope = rope_table(np.arange(-1, 0, dtype=np.int32), inv_freq)
+        self._dim = embedding.shape[1]
+        self._rope = rope_table(np.arange(0, dtype=np.int32), inv_freq)
 
     def logits(
         self,
-        ids: I32,
-        positions: I32,
+        tokens: I32,
+        wanted: I32,
+        table: PageTable | None = None,
         keys: Sequence[Cache] = (),
         values: Sequence[Cache] = (),
-        rows: I32 | None = None,
     ) -> F32:
-        """Logits [n, V] for the rows of `ids` [B, T] (flattened) that are asked for; None: the last of each sequence.
+        """Logits [M, V] of the rows `wanted` [M] (ascending) of tokens [N], which stand where `table` says.
 
-        `keys` and `values` are a layer's cache [B, S, G, D] each, written at `positions` [B, T] (-1: padding). Without
-        them the tokens are a whole stretch: positions 0 to T - 1. Raises TypeError or ValueError for arrays, ids or
-        positions that do not fit, before anything is written.
+        `keys` and `values` are a layer's cache [pages, page, G, D] each; the tokens' are written there. Without a table
+        the tokens are one whole stretch. Raises TypeError or ValueError for arrays, ids, rows or a table that do not
+        fit, before anything is written.
         """
-        needed = keys[0].shape[1] if keys else ids.shape[-1]
-        cos, sin = self._rope
-        if len(cos) <= needed:
-            # A row for position -1 comes first. Both are replaced at once: another thread may be about to read them.
-            self._rope = cos, sin = rope_table(np.arange(-1, needed, dtype=np.int32), self._inv_freq)
-        out = np.empty((len(ids) if rows is None else len(rows), self._vocabulary), np.float32)
+        out = np.empty((len(wanted), self._vocabulary), np.float32)
+        self._run(tokens, wanted, table, keys, values, out, hidden=False)
+        return out
+
+    def hidden(
+        self,
+        tokens: I32,
+        wanted: I32,
+        table: PageTable | None = None,
+        keys: Sequence[Cache] = (),
+        values: Sequence[Cache] = (),
+    ) -> F32:
+        """As `logits`, with hidden states after the last norm: [M, dim]."""
+        out = np.empty((len(wanted), self._dim), np.float32)
+        self._run(tokens, wanted, table, keys, values, out, hidden=True)
+        return out
+
+    def _run(
+        self,
+        tokens: I32,
+        wanted: I32,
+        table: PageTable | None,
+        keys: Sequence[Cache],
+        values: Sequence[Cache],
+        out: F32,
+        *,
+        hidden: bool,
+    ) -> None:
         caches = [_cache(cache) for cache in (*keys, *values)]
         kind = caches[0][1] if caches else 0
         if any(other != kind for _, other in caches):
             raise TypeError("keys and values must be of one type")
         words = [array for array, _ in caches]
+        needed = len(tokens)
+        if table is not None and words:  # what the pages hold bounds what a position may ask for
+            needed = min(int(table.positions.max(initial=0)) + 1, table.pages.shape[-1] * words[0].shape[1])
+        cos, sin = self._rope
+        if len(cos) < needed:
+            # Both are replaced at once: another thread may be about to read them.
+            rows = np.arange(max(needed, 2 * len(cos), 256), dtype=np.int32)
+            self._rope = cos, sin = rope_table(rows, self._inv_freq)
         self._decoder.run(
-            ids, positions, cos, sin, words[: len(keys)], words[len(keys) :], kind, rows, out
+            tokens, table, cos, sin, words[: len(keys)], words[len(keys) :], kind, wanted, hidden, out
         )  # fmt: skip
-        return out
 
 
 def encode(kind: str, values: F32) -> U8:
@@ -345,6 +386,30 @@ def top_k(logits: F32, k: int) -> tuple[I32, F32]:
     ids, values = np.empty(shape, np.int32), np.empty(shape, np.float32)
     _cpu.top_k(logits, ids, values)
     return ids, values
+
+
+def shortlist(rows: Sequence[F32], scales: F32, k: int) -> tuple[I32, F32, F32]:
+    """The k largest of each row and the sums of its exponentials, see the reference. Raises ValueError as `top_k`."""
+    shape = (len(rows), max(k, 0))
+    ids, values = np.empty(shape, np.int32), np.empty(shape, np.float32)
+    parts = -(-rows[0].size // SUM_PART) if rows else 0
+    sums = np.empty((len(rows), parts), np.float32)
+    _cpu.shortlist(rows, scales, ids, values, sums)
+    return ids, values, sums
+
+
+def above(rows: Sequence[F32], scales: F32, tops: F32, bounds: F32) -> F32:
+    """The sums of `shortlist` of only the logits above a bound, see the reference."""
+    sums = np.empty((len(rows), -(-rows[0].size // SUM_PART) if rows else 0), np.float32)
+    _cpu.above(rows, scales, tops, bounds, sums)
+    return sums
+
+
+def allowed(rows: Sequence[F32], masks: Sequence[npt.NDArray[np.uint32]]) -> F32:
+    """Copies of the rows without what the masks do not allow, see the reference. Raises ValueError as it does."""
+    out = np.empty((len(rows), rows[0].size if rows else 0), np.float32)
+    _cpu.allowed(rows, masks, out)
+    return out
 
 
 use()

@@ -4,14 +4,15 @@
 // What it is not: a second definition of any op. It sequences the table of the chosen instruction set (kernels.h) and
 // adds; no flags of an instruction set here. A test compares it bit by bit with `decoder.forward`.
 //
-// What is surprising: where logits are asked for the last token of each sequence only, the last layer writes the keys
-// and values of all tokens and computes all else for those few: of a prefill of 16 layers that saves nearly a
-// sixteenth. Such a row then goes through products of few rows, whose sums may differ in the last bit.
+// What is surprising: the last layer writes the keys and values of all tokens, and computes all else only for the rows of
+// each sequence from the first wanted one to the last: of a prefill of 16 layers that saves nearly a sixteenth. Such a
+// row then goes through products of few rows, whose sums may differ in the last bit.
 #include "forward.h"
 
 #include <string.h>
 
 #include <initializer_list>
+#include <vector>
 
 namespace {
 
@@ -69,34 +70,54 @@ struct Plan {
     }
 };
 
+// What the last layer computes: of each sequence the rows from the first wanted one to the last.
+struct Kept {
+    std::vector<int32_t> rows, positions, starts = {0}, wanted;  // `wanted`: as the call's, among these rows
+
+    explicit Kept(const DecoderCall& call) {
+        int64_t next = 0;
+        for (int64_t b = 0; b < call.table.sequences; b++) {
+            int32_t first = next < call.count ? call.wanted[next] : 0;
+            for (; next < call.count && call.wanted[next] < call.table.starts[b + 1]; next++) {
+                wanted.push_back(starts[b] + call.wanted[next] - first);
+                for (int32_t row = first + (int32_t)rows.size() - starts[b]; row <= call.wanted[next]; row++) {
+                    rows.push_back(row);
+                    positions.push_back(call.table.positions[row]);
+                }
+            }
+            starts.push_back((int32_t)rows.size());
+        }
+    }
+};
+
 }  // namespace
 
 size_t puna_forward_scratch(const DecoderModel& model, const DecoderCall& call) {
-    // The rows whose logits are asked for are gathered, with their positions, behind the rest.
-    return static_cast<size_t>(Plan(model, call.B * call.T).total + 2 * padded(call.count * model.dim) +
-                               padded(call.count));
+    // The rows that are wanted are gathered behind the rest.
+    int64_t tokens = call.table.starts[call.table.sequences];
+    return static_cast<size_t>(Plan(model, tokens).total + 2 * padded(call.count * model.dim));
 }
 
 void puna_forward(const Kernels& kernels, const DecoderModel& m, const DecoderCall& call, float* scratch,
                   const std::function<void()>& between) {
-    const int64_t B = call.B, D = m.D, half = D / 2, q_dim = m.heads * D, kv_dim = m.kv_heads * D;
-    int64_t T = call.T, rows = B * T;
-    const int32_t* positions = call.positions;
+    const int64_t D = m.D, half = D / 2, q_dim = m.heads * D, kv_dim = m.kv_heads * D;
+    PageTable table = call.table;
+    int64_t rows = table.starts[table.sequences];
+    const int32_t *positions = table.positions, *wanted = call.wanted;
     Plan plan(m, rows);
     float *x = scratch + plan.x, *h = scratch + plan.h, *q = scratch + plan.q, *k = scratch + plan.k,
           *v = scratch + plan.v, *heads = scratch + plan.heads, *gate = scratch + plan.gate, *up = scratch + plan.up;
-    float *picked = scratch + plan.total, *normed = picked + padded(call.count * m.dim);
-    int32_t* picked_positions = reinterpret_cast<int32_t*>(normed + padded(call.count * m.dim));
+    float *picked = scratch + plan.total, *normed = call.hidden ? call.out : picked + padded(call.count * m.dim);
 
     kernels.embedding(m.embedding, m.dim, call.ids, rows, x);
     // The rows of rope's tables, in place where the tokens follow one another.
-    const float *cos = call.cos + (positions[0] + 1) * half, *sin = call.sin + (positions[0] + 1) * half;
+    const float *cos = call.cos + positions[0] * half, *sin = call.sin + positions[0] * half;
     bool following = true;
     for (int64_t i = 1; i < rows && following; i++) following = positions[i] == positions[0] + i;
     if (!following) {
         for (int64_t i = 0; i < rows; i++) {
-            memcpy(scratch + plan.cos + i * half, call.cos + (positions[i] + 1) * half, static_cast<size_t>(half) * 4);
-            memcpy(scratch + plan.sin + i * half, call.sin + (positions[i] + 1) * half, static_cast<size_t>(half) * 4);
+            memcpy(scratch + plan.cos + i * half, call.cos + positions[i] * half, static_cast<size_t>(half) * 4);
+            memcpy(scratch + plan.sin + i * half, call.sin + positions[i] * half, static_cast<size_t>(half) * 4);
         }
         cos = scratch + plan.cos;
         sin = scratch + plan.sin;
@@ -105,40 +126,38 @@ void puna_forward(const Kernels& kernels, const DecoderModel& m, const DecoderCa
     auto linear = [&](const float* from, int64_t in, std::initializer_list<Product> products) {
         kernels.linear(from, rows, in, products.begin(), static_cast<int>(products.size()));
     };
+    Kept kept(call);
     for (size_t i = 0; i < m.layers.size(); i++) {
         between();
         const DecoderLayer& layer = m.layers[i];
         kernels.rms_norm(x, layer.attention_norm, rows, m.dim, m.eps, h);
-        bool last = i + 1 == m.layers.size(), only_cache = last && call.count == 0;
-        // Here and below: only the last token of each sequence matters once the caches are written.
-        bool only_ends = last && !call.rows && T > 1 && call.keys;
+        bool last = i + 1 == m.layers.size(), fewer = last && static_cast<int64_t>(kept.rows.size()) < rows;
         Product kv[] = {product(layer.k, kv_dim, k), product(layer.v, kv_dim, v)};
-        if (only_cache || only_ends) linear(h, m.dim, {kv[0], kv[1]});
+        if (fewer) linear(h, m.dim, {kv[0], kv[1]});
         else linear(h, m.dim, {product(layer.q, q_dim, q), kv[0], kv[1]});
         kernels.rope(k, cos, sin, rows, m.kv_heads, D, m.interleaved, k);
-        if (call.keys) kernels.write_kv(call.keys[i], call.values[i], k, v, positions, B, T, call.S, m.kv_heads, D);
-        if (only_cache) return;
-        if (only_ends) {
-            for (int64_t b = 0; b < B; b++) {
-                int64_t end = b * T + T - 1;
-                picked_positions[b] = positions[end];
-                memcpy(x + b * m.dim, x + end * m.dim, static_cast<size_t>(m.dim) * 4);
-                memcpy(h + b * m.dim, h + end * m.dim, static_cast<size_t>(m.dim) * 4);
-                memcpy(scratch + plan.cos + b * half, cos + end * half, static_cast<size_t>(half) * 4);
-                memcpy(scratch + plan.sin + b * half, sin + end * half, static_cast<size_t>(half) * 4);
+        if (call.keys) kernels.write_kv(call.keys[i], call.values[i], k, v, table, m.kv_heads, D);
+        if (last && call.count == 0) return;
+        if (fewer) {
+            rows = static_cast<int64_t>(kept.rows.size());
+            for (int64_t to = 0; to < rows; to++) {
+                int64_t from = kept.rows[to];  // never before `to`
+                memmove(x + to * m.dim, x + from * m.dim, static_cast<size_t>(m.dim) * 4);
+                memmove(h + to * m.dim, h + from * m.dim, static_cast<size_t>(m.dim) * 4);
+                memmove(scratch + plan.cos + to * half, cos + from * half, static_cast<size_t>(half) * 4);
+                memmove(scratch + plan.sin + to * half, sin + from * half, static_cast<size_t>(half) * 4);
             }
-            positions = picked_positions;
             cos = scratch + plan.cos;
             sin = scratch + plan.sin;
-            T = 1;
-            rows = B;
+            table.positions = kept.positions.data();
+            table.starts = kept.starts.data();
+            wanted = kept.wanted.data();
             linear(h, m.dim, {product(layer.q, q_dim, q)});
         }
         kernels.rope(q, cos, sin, rows, m.heads, D, m.interleaved, q);
         bool packed = layer.q.weight.type > BF16;  // see models/decoder.py
-        if (call.keys)
-            kernels.attention(q, call.keys[i], call.values[i], positions, B, T, call.S, m.heads, m.kv_heads, D, packed, heads);
-        else kernels.attention(q, {k, F32}, {v, F32}, nullptr, B, T, T, m.heads, m.kv_heads, D, packed, heads);
+        if (call.keys) kernels.attention(q, call.keys[i], call.values[i], table, m.heads, m.kv_heads, D, packed, heads);
+        else kernels.attention(q, {k, F32}, {v, F32}, table, m.heads, m.kv_heads, D, packed, heads);
         linear(heads, q_dim, {product(layer.o, m.dim, h)});
         add(x, h, rows * m.dim);
         kernels.rms_norm(x, layer.mlp_norm, rows, m.dim, m.eps, h);
@@ -147,11 +166,10 @@ void puna_forward(const Kernels& kernels, const DecoderModel& m, const DecoderCa
         linear(gate, m.hidden, {product(layer.down, m.dim, h)});
         add(x, h, rows * m.dim);
     }
-    for (int64_t i = 0; i < call.count; i++) {
-        int64_t row = call.rows ? call.rows[i] : i * T + T - 1;
-        memcpy(picked + i * m.dim, x + row * m.dim, static_cast<size_t>(m.dim) * 4);
-    }
+    for (int64_t i = 0; i < call.count; i++)
+        memcpy(picked + i * m.dim, x + wanted[i] * m.dim, static_cast<size_t>(m.dim) * 4);
     kernels.rms_norm(picked, m.norm, call.count, m.dim, m.eps, normed);
+    if (call.hidden) return;
     rows = call.count;
-    linear(normed, m.dim, {product({m.head, {nullptr, F32}}, m.vocabulary, call.logits)});
+    linear(normed, m.dim, {product({m.head, {nullptr, F32}}, m.vocabulary, call.out)});
 }

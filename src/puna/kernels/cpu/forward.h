@@ -1,4 +1,4 @@
-// A whole forward of the dense decoder over one table of kernels: what it is given, checked by module.cpp.
+// A whole forward of the dense decoder over one table of kernels: what it is given, checked by decoder.cpp.
 #pragma once
 
 #include <functional>
@@ -24,14 +24,14 @@ struct DecoderModel {
 };
 
 struct DecoderCall {
-    int64_t B, T;
-    const int32_t *ids, *positions;  // [B, T], checked
-    const float *cos, *sin;          // row p + 1 is position p: padding has a row too
-    int64_t S;                       // positions of the cache
-    const Weights *keys, *values;    // a layer each, [B, S, G, D]; null: no cache, positions 0 to T - 1
-    const int32_t* rows;             // which of the B·T rows get logits; null: the last of each sequence
-    int64_t count;                   // how many they are
-    float* logits;                   // [count, vocabulary]
+    const int32_t* ids;            // [tokens], checked
+    PageTable table;               // where they stand, checked; without a cache one sequence from 0, in one page
+    const float *cos, *sin;        // row p is position p
+    const Weights *keys, *values;  // a layer each, [pages, page, G, D]; null: no cache
+    const int32_t* wanted;         // rows of the tokens, ascending
+    int64_t count;                 // how many they are
+    bool hidden;                   // what is wanted of them: hidden states, not logits
+    float* out;                    // [count, dim or vocabulary]
 };
 
 // How many floats of scratch the call needs, and the call. `between` is called from time to time, without the pool or

@@ -26,7 +26,9 @@ namespace {
 #include "rope.inl"
 #include "swiglu.inl"
 #include "top_k.inl"
+
+#include "shortlist.inl"  // which stands on top_k.inl
 }  // namespace
 
 const Kernels TABLE = {embedding, rms_norm, linear, regroup, rope, write_kv, attention,
-                       swiglu,    argmax,   top_k,  encode,  probe};
+                       swiglu,    argmax,   top_k,  shortlist, above,  allowed, encode, probe};

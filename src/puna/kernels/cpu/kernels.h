@@ -4,8 +4,7 @@
 // What it is not: a place for inline functions. Each isa_*.cpp is compiled with its own instruction set; a function
 // that two of them emit under one name could survive in its AVX-512 copy and crash on a smaller machine.
 //
-// Letters: B sequences, T new tokens, S cached tokens, H query heads, G key/value heads, D head size. All arrays are
-// C-contiguous, float32 unless said otherwise, and aligned to their element only (weights lie in mapped files).
+// Letters: H query heads, G key/value heads, D head size. All arrays are C-contiguous, float32 unless said otherwise, and aligned to their element only (weights lie in mapped files).
 #pragma once
 
 #include <stddef.h>
@@ -93,6 +92,20 @@ static constexpr int place_of(int type, int w) {
     return w;
 }
 
+// Where the tokens of a call stand: sequences one after another, and the pages of each (layouts.PageTable). A cache is
+// [pages, page, G, D]: position p of sequence b is row p % page of page pages[b, p / page].
+struct PageTable {
+    const int32_t* positions;  // [tokens], ascending by one within a sequence
+    const int32_t* starts;     // [sequences + 1]: tokens starts[b] to starts[b + 1] are sequence b's; there may be none
+    const int32_t* pages;      // [sequences, width]
+    int64_t sequences, width;
+    int64_t page;              // a multiple of LEAST_PAGE, or as much as the longest sequence has
+};
+constexpr int64_t LEAST_PAGE = 16;
+
+// `shortlist` sums this many exponentials together.
+constexpr int SUM_PART = 512;
+
 struct Kernels {
     // out[i] = table[ids[i]]; the ids have been checked.
     void (*embedding)(Weights table, int64_t dim, const int32_t* ids, int64_t count, float* out);
@@ -106,20 +119,29 @@ struct Kernels {
     // x [tokens, heads, D] turned by cos and sin [tokens, D/2]
     void (*rope)(const float* x, const float* cos, const float* sin, int64_t tokens, int64_t heads, int64_t D,
                  bool interleaved, float* out);
-    // Caches [B, S, G, D] are F32, F16, BF16, or Q8_0 (then D is a multiple of 32): one type for keys and values.
-    // k and v [B, T, G, D] are stored at positions [B, T]; -1 is not stored. No two of them are the same place.
-    void (*write_kv)(Weights cache_k, Weights cache_v, const float* k, const float* v, const int32_t* positions,
-                     int64_t B, int64_t T, int64_t S, int64_t G, int64_t D);
-    // positions may be null: 0, 1, 2, ... in each sequence. They have been checked: -1 <= position < S.
-    // A token's result has the same bits alone and among up to 8 of its sequence (decode), and again among any larger
-    // number (prefill); between these two ways it differs by rounding. The batch never matters.
+    // Caches are F32, F16, BF16, or Q8_0 (then D is a multiple of 32): one type for keys and values. The table has been
+    // checked: all pages that positions need are there. k and v [tokens, G, D]; no two of them go to the same place.
+    void (*write_kv)(Weights cache_k, Weights cache_v, const float* k, const float* v, const PageTable& table,
+                     int64_t G, int64_t D);
+    // q and out [tokens, H, D]. A token's result has the same bits alone and among up to 8 of its sequence (decode), and
+    // again among any larger number (prefill); between these two ways it differs by rounding, unless puna_invariant.
+    // Other sequences and the size of a page never matter.
     // bf16: prefill may round what it multiplies to bfloat16, unless the cache is F32.
-    void (*attention)(const float* q, Weights k, Weights v, const int32_t* positions, int64_t B, int64_t T, int64_t S,
-                      int64_t H, int64_t G, int64_t D, bool bf16, float* out);
+    void (*attention)(const float* q, Weights k, Weights v, const PageTable& table, int64_t H, int64_t G, int64_t D,
+                      bool bf16, float* out);
     void (*swiglu)(const float* gate, const float* up, int64_t count, float* out);
     void (*argmax)(const float* logits, int64_t rows, int64_t vocabulary, int32_t* out);
     // The k largest of each row, 1 <= k <= vocabulary, largest first, equals by lower id: ids and values [rows, k].
     void (*top_k)(const float* logits, int64_t rows, int64_t vocabulary, int64_t k, int32_t* ids, float* values);
+    // The same k of each of `count` rows, and sums [count, parts] of exp((x - max) · scale) over parts of SUM_PART logits;
+    // scales [count] are above 0, and neither so small nor so large that a product is NaN.
+    void (*shortlist)(const float* const* rows, int64_t count, int64_t vocabulary, const float* scales, int64_t k,
+                      int32_t* ids, float* values, float* sums);
+    // The same sums of only those logits that are above the row's bound; tops [count] are the maxima.
+    void (*above)(const float* const* rows, int64_t count, int64_t vocabulary, const float* scales, const float* tops,
+                  const float* bounds, float* sums);
+    // Copies of the rows with minus infinity where a mask's bit (i % 32 of word i / 32) is 0: out [count, vocabulary].
+    void (*allowed)(const float* const* rows, const uint32_t* const* masks, int64_t count, int64_t vocabulary, float* out);
     // Packs finite numbers as `blocks` blocks of the WeightType `kind`, Q4_0 to Q6_K; false where a scale does not fit
     // float16 (then `out` means nothing).
     bool (*encode)(int kind, const float* x, int64_t blocks, uint8_t* out);
@@ -143,6 +165,9 @@ extern "C" int puna_threads();
 // At least `bytes` of scratch memory aligned to 64, the calling thread's own, valid until its next call of this
 // function. Throws std::bad_alloc.
 extern "C" void* puna_scratch(size_t bytes);
+
+// Whether a token's bits must depend on its own sequence's tokens only: not on how many of them share a call either.
+extern "C" bool puna_invariant();
 
 // Gives back the pages from the one of `begin` to the one before that of `end`, which are of a mapped file: whoever
 // reads them again gets them from the system's cache or the disk.

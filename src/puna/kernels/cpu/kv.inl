@@ -104,8 +104,8 @@ INLINE void store_block(const float* x, char* block) {
 struct WriteJob {
     const float *k, *v;
     char *cache_k, *cache_v;
-    const int32_t* positions;
-    int64_t T, S, row, head_bytes, tokens, chunk;  // row: numbers of a token; head_bytes: of the whole row
+    PageTable table;
+    int64_t row, row_bytes, chunk;  // row: numbers of a token; chunk: tokens
 };
 
 template <int TYPE>
@@ -126,22 +126,25 @@ INLINE void store_row(const float* from, char* to, int64_t count) {
 template <int TYPE>
 static void write_chunk(void* data, int64_t chunk, int) {
     const WriteJob& job = *(const WriteJob*)data;
-    for (int64_t i = chunk * job.chunk; i < smaller((chunk + 1) * job.chunk, job.tokens); i++) {
-        if (job.positions[i] < 0) continue;
-        int64_t at = (i / job.T * job.S + job.positions[i]) * job.head_bytes;
+    const PageTable& table = job.table;
+    int64_t first = chunk * job.chunk, last = smaller(first + job.chunk, table.starts[table.sequences]), b = 0;
+    for (int64_t i = first; i < last; i++) {
+        while (i >= table.starts[b + 1]) b++;
+        int64_t position = table.positions[i], page = table.pages[b * table.width + position / table.page];
+        int64_t at = (page * table.page + position % table.page) * job.row_bytes;
         store_row<TYPE>(job.k + i * job.row, job.cache_k + at, job.row);
         store_row<TYPE>(job.v + i * job.row, job.cache_v + at, job.row);
     }
 }
 
-static void write_kv(Weights cache_k, Weights cache_v, const float* k, const float* v, const int32_t* positions,
-                     int64_t B, int64_t T, int64_t S, int64_t G, int64_t D) {
+static void write_kv(Weights cache_k, Weights cache_v, const float* k, const float* v, const PageTable& table,
+                     int64_t G, int64_t D) {
     int type = cache_k.type;
-    WriteJob job = {k, v, (char*)cache_k.data, (char*)cache_v.data, positions, T, S, G * D, G * head_bytes(type, D), B * T,
+    WriteJob job = {k, v, (char*)cache_k.data, (char*)cache_v.data, table, G * D, G * head_bytes(type, D),
                     larger(1, (16 << 10) / larger(1, G * D))};
     Run run = type == F32 ? write_chunk<F32> : type == F16 ? write_chunk<F16> : type == BF16 ? write_chunk<BF16>
                                                                               : write_chunk<Q8_0>;
-    int64_t chunks = ceil_div(job.tokens, job.chunk);
+    int64_t chunks = ceil_div(table.starts[table.sequences], job.chunk);
     if (chunks <= 1) run(&job, 0, 0);
     else puna_parallel(chunks, puna_threads(), run, &job);
 }

@@ -5,6 +5,7 @@
 //   is the limit. Sums of one row do not depend on the other rows of the call.
 // - many (prefill): see tile.inl. A block of weights stays in L2 while all panels of activations pass, so weights
 //   come from memory once per ROW_BLOCK rows. The multiply-adds are the limit. Again, a row's sums depend on it alone.
+// `puna_invariant` has any number of rows go the first way, so that a row's sums are the same in decode and prefill.
 //
 // With AVX-512 BF16, bfloat16 weights meet activations rounded to bfloat16 (vdpbf16ps, sums in float32); everywhere
 // else weights are widened exactly and activations stay float32.
@@ -39,8 +40,15 @@ INLINE float bias_of(const LinearJob& job, int64_t n) { return job.bias.data ? w
 
 constexpr int64_t FEW_GROUP = 8;  // activation rows that share one pass over a chunk of weights
 
-// How many rows of weights are read side by side: as many streams as the registers have sums for.
-constexpr int rows_beside(int m) { return REGISTERS == 32 ? (m <= 4 ? 4 : 3) : (m <= 2 ? 4 : m <= 4 ? 2 : 1); }
+// One activation row takes one row of weights after the other where a vector is a cache line: the additions of a single
+// chain keep up with the memory, whose prefetcher foresees the one stream that goes straight on.
+constexpr bool single_stream(int m) { return W == 16 && m == 1; }
+
+// How many rows of weights are read side by side: else as many streams as the registers have sums for.
+constexpr int rows_beside(int m) {
+    if (single_stream(m)) return 1;
+    return REGISTERS == 32 ? (m <= 4 ? 4 : 3) : (m <= 2 ? 4 : m <= 4 ? 2 : 1);
+}
 
 #ifdef BF16_DOT
 constexpr bool uses_dot(int type) { return type == BF16; }
@@ -75,14 +83,15 @@ INLINE void few_step(const typename Words<TYPE>::word* const* w, const char* x, 
 }
 
 // sums[i][j] += w[i] · x[j] over k in [k0, k1). Meanwhile the R rows that come next, `row` words further each, are
-// fetched into L2: that doubles the bandwidth of one thread (29 to 44 GB/s for one row, 20 to 41 for four).
+// fetched into L2: that doubles the bandwidth of one thread (20 to 41 GB/s for four activation rows). A single stream
+// the hardware fetches better alone.
 template <int TYPE, int R, int M>
 INLINE void few_dots(const typename Words<TYPE>::word* const* w, int64_t row, const char* x, int64_t x_row, int64_t k0,
                      int64_t k1, vf (&sums)[R][M]) {
     constexpr int64_t LINE = 64 / sizeof(typename Words<TYPE>::word), STEP = uses_dot(TYPE) ? 32 : W;
     int64_t k = k0;
     for (; k + LINE <= k1; k += LINE) {
-        UNROLL for (int i = 0; i < R; i++) __builtin_prefetch(w[i] + R * row + k, 0, 2);
+        if constexpr (!single_stream(M)) UNROLL for (int i = 0; i < R; i++) __builtin_prefetch(w[i] + R * row + k, 0, 2);
         UNROLL for (int64_t step = 0; step < LINE; step += STEP) few_step<TYPE, R, M>(w, x, x_row, k + step, STEP, sums);
     }
     for (; k + STEP <= k1; k += STEP) few_step<TYPE, R, M>(w, x, x_row, k, STEP, sums);
@@ -344,7 +353,7 @@ constexpr int64_t MANY = W == 16 ? 13 : 9;
 
 template <int TYPE>
 static void linear_of(LinearJob& job) {
-    if (job.rows < MANY) linear_few<TYPE>(job);
+    if (job.rows < MANY || puna_invariant()) linear_few<TYPE>(job);
     else linear_many<TYPE>(job);
 }
 

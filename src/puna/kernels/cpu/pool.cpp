@@ -13,6 +13,15 @@
 //   ticket, the caller closes the ticket *before* it waits for `inside` to be 0. So a worker that sees an odd ticket
 //   has a region that cannot end without it. Workers start at ticket 0, not at the present one: the first region may
 //   have opened before they run.
+// - Sleeping: a worker writes `asleep` and then reads the ticket, the caller writes the ticket and then reads `asleep`;
+//   the caller writes `waiting` and then reads `inside`, a worker writes `inside` and then reads `waiting`. All of it is
+//   sequentially consistent, so one of the two, whose write comes second in the one order of them all, reads the
+//   other's: either who would sleep sees that there is no reason to, or the other sees the sleeper. It then takes and
+//   releases the mutex before it notifies, and the sleeper holds the mutex from its write until it is in the queue of
+//   the condition, so it has read what it waits for, or gets the notice. `inside` may rise again meanwhile, from workers
+//   that look in: whoever brings it back to 0 notifies anew.
+// - All four writes are read-modify-writes, also where a store would do: qemu-user (7.2) makes stlr and ldar of Arm a
+//   plain store and a plain load of x86, which may pass each other; the caller then slept for ever, and tests with it.
 #include "pool.h"
 
 #include <atomic>
@@ -128,7 +137,7 @@ struct Pool {
             // A worker was preempted within its last chunk. Sleeping gives it this core: the scheduler moves a waiting
             // thread to a core that has nothing to do, where yielding would only have it wait for its turn on the other.
             std::unique_lock<std::mutex> lock(sleep);
-            waiting.store(true);
+            waiting.exchange(true);  // no store: see the top
             done.wait(lock, [&] { return inside.load() == 0; });
             waiting.store(false);
         }

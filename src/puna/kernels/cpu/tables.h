@@ -17,5 +17,8 @@ struct Table {
     const char* reason;
 };
 
+// What puna_invariant says from now on; false at first.
+void puna_set_invariant(bool invariant);
+
 // All of this build, fastest first. The last one runs everywhere.
 std::vector<Table> puna_tables();

@@ -23,6 +23,17 @@ INLINE vi order_of(vf x) {
     return (key & ~nan) | (nan & 0x7fffffff);
 }
 
+// The largest lane.
+INLINE int32_t largest_key(vi x) {
+#if WIDTH == 16
+    return _mm512_reduce_max_epi32((__m512i)x);
+#else
+    int32_t best = x[0];
+    for (int i = 1; i < W; i++) best = x[i] > best ? x[i] : best;
+    return best;
+#endif
+}
+
 // Of two candidates the one that comes later in the result is "less": a smaller key, or a higher index.
 struct Candidate {
     int32_t key, id;
@@ -52,11 +63,14 @@ INLINE void offer(Candidate* heap, int64_t& count, int64_t most, Candidate one) 
     }
 }
 
-static void top_k_row(void* data, int64_t row, int thread) {
-    const TopKJob& job = *(const TopKJob*)data;
-    int64_t n = job.vocabulary, k = job.k, parts = ceil_div(n, TOP_PART), count = 0;
-    const float* x = job.logits + row * n;
-    Candidate* heap = (Candidate*)(job.thread_scratch + thread * job.thread_bytes);
+INLINE int64_t top_k_bytes(int64_t n, int64_t k) {
+    return round_up(k * (int64_t)sizeof(Candidate) + ceil_div(n, TOP_PART) * 4, 64);
+}
+
+// The k largest of x [n]; scratch has top_k_bytes(n, k).
+static void top_k_of(const float* x, int64_t n, int64_t k, int32_t* ids, float* values, char* scratch) {
+    int64_t parts = ceil_div(n, TOP_PART), count = 0;
+    Candidate* heap = (Candidate*)scratch;
     int32_t* tops = (int32_t*)(heap + k);
     for (int64_t p = 0; p < parts; p++) {
         int64_t last = smaller((p + 1) * TOP_PART, n);
@@ -69,9 +83,7 @@ static void top_k_row(void* data, int64_t row, int thread) {
             vi key = order_of(part);
             top = key > top ? key : top;
         }
-        int32_t best = top[0];
-        for (int i = 1; i < W; i++) best = top[i] > best ? top[i] : best;
-        tops[p] = best;
+        tops[p] = largest_key(top);
     }
     int32_t bound = INT32_MIN;
     if (k <= parts) {
@@ -87,17 +99,23 @@ static void top_k_row(void* data, int64_t row, int thread) {
         }
     }
     for (int64_t left = k; left > 0; left--) {  // the latest of those left goes to the end
-        job.ids[row * k + left - 1] = heap[0].id;
-        job.values[row * k + left - 1] = x[heap[0].id];
+        ids[left - 1] = heap[0].id;
+        values[left - 1] = x[heap[0].id];
         heap[0] = heap[left - 1];
         sink(heap, left - 1, 0);
     }
 }
 
+static void top_k_row(void* data, int64_t row, int thread) {
+    const TopKJob& job = *(const TopKJob*)data;
+    top_k_of(job.logits + row * job.vocabulary, job.vocabulary, job.k, job.ids + row * job.k, job.values + row * job.k,
+             job.thread_scratch + thread * job.thread_bytes);
+}
+
 static void top_k(const float* logits, int64_t rows, int64_t vocabulary, int64_t k, int32_t* ids, float* values) {
     int threads = rows > 1 && rows * vocabulary > 32 << 10 ? puna_threads() : 1;
     TopKJob job = {logits, ids, values, vocabulary, k, nullptr, 0};
-    job.thread_bytes = round_up(k * (int64_t)sizeof(Candidate) + ceil_div(vocabulary, TOP_PART) * 4, 64);
+    job.thread_bytes = top_k_bytes(vocabulary, k);
     job.thread_scratch = (char*)puna_scratch((size_t)(threads * job.thread_bytes));
     puna_parallel(rows, threads, top_k_row, &job);
 }
