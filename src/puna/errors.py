@@ -54,6 +54,29 @@ class ContextError(UserError):
     """A prompt (with the answer asked for) longer than the model's context. Nothing is ever cut to fit."""
 
 
+class QueueFullError(PunaError):
+    """So many requests wait already that one more is not taken in; the input is not at fault."""
+
+
+class NothingLeftError(UserError):
+    """Bans, a grammar and stop tokens that may not come yet leave no token to choose.
+
+    `row` is the row of the batch that it concerns.
+    """
+
+    def __init__(self, message: str, *, remedy: str = "", row: int = 0) -> None:
+        super().__init__(message, remedy=remedy)
+        self.row = row
+
+
+class GrammarError(UserError):
+    """A schema or grammar that cannot be honoured, that takes too much to compile, or that an answer has left."""
+
+
+class AdapterError(UserError):
+    """An adapter that is not loaded, cannot be yet, or is in use."""
+
+
 class HubError(UserError):
     """A model that could not be found or fetched."""
 
@@ -72,3 +95,7 @@ class StorageError(HubError):
 
 class DeviceError(UserError):
     """A device, extra or kernel that was asked for and is not available here."""
+
+
+class StoppedError(PunaError):
+    """The engine cannot answer: it was closed, it failed, or its step does not come back."""

@@ -8,15 +8,17 @@ What is surprising: `Sampling` refuses values when it is made, so no later room 
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Literal, TypedDict
+from typing import Literal, Protocol, TypedDict, get_args
 
-from puna.errors import UsageError
+from puna.errors import ChatFormatError, UsageError
 
-FinishReason = Literal["stop", "length", "context", "cancelled"]
+FinishReason = Literal["stop", "length", "context", "cancelled", "deadline"]
 """Why an answer ended: the model said stop (or a stop string came), max_tokens were made, the model's context is full,
-or the caller asked for an end."""
+the caller asked for an end, or the time that it gave was over."""
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 """What `--dtype` takes: the weights as stored, or converted on load."""
@@ -30,6 +32,9 @@ TYPES = (
 QUANTS = TYPES[3:]
 """The packed ones, which `--quant` takes."""
 
+Pooling = Literal["mean", "last", "cls"]
+"""How the hidden states of a text become one vector: their mean, the last token's, or the first one's."""
+
 KERNELS = ("auto", "reference", "scalar", "avx2", "avx512", "neon")
 """What `--kernels` takes: the fastest available, the NumPy reference, or one instruction set of the C++."""
 
@@ -37,14 +42,24 @@ KERNELS = ("auto", "reference", "scalar", "avx2", "avx512", "neon")
 KV_TYPES = ("auto", "fp32", "bf16", "fp16", "q8_0")
 """What `--kv-type` takes: how the cache keeps keys and values. auto is fp32 where all matrices are, else fp16."""
 
+MOST_CHOICES = 128
+"""Answers to one prompt at most, as in OpenAI's API: each is a sequence of the engine's."""
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen, and when to end.
 
-    temperature 0 takes the largest logit; top_k 0, top_p 1 and min_p 0 switch those filters off; seed None draws one;
-    max_tokens None goes on until the model stops or its context is full; `stop` strings are not part of the answer.
-    Raises UsageError for a value out of range.
+    temperature 0 takes the largest logit; top_k 0, top_p 1 and min_p 0 switch those filters off, and so does every
+    other field's default; seed None draws one; max_tokens None goes on until the model stops or its context is full;
+    `stop` strings are not part of the answer. What each field does, and in which order, is said in
+    `puna.engine.samplers.definitions`.
+
+    Tokens are ids here: who has the text turns words to `logit_bias`, `banned_tokens` and `dry_sequence_breakers`.
+    `logit_bias` is (token, what is added to its logit) for each token once. A range of 0 looks back to the beginning.
+    `logprobs` asks for each token's logarithm of probability and those of so many of the likeliest (0: its own only),
+    `prompt_logprobs` for the same of the prompt's. `n` answers are given, the best of `best_of`. Mirostat takes the
+    place of the filters that cut the unlikely off, so they must be off. Raises UsageError for a value out of range.
     """
 
     temperature: float = 0.7
@@ -54,6 +69,29 @@ class Sampling:
     seed: int | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    typical_p: float = 1.0
+    top_n_sigma: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    mirostat_tau: float = 0.0
+    mirostat_eta: float = 0.1
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_range: int = 0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_range: int = 0
+    dry_sequence_breakers: tuple[int, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    banned_tokens: tuple[int, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
+    best_of: int | None = None
 
     def __post_init__(self) -> None:
         def need(fits: bool, name: str, what: str) -> None:
@@ -69,16 +107,124 @@ class Sampling:
         def whole(value: object) -> bool:
             return isinstance(value, Integral) and not isinstance(value, bool)
 
+        # Many requests are computed in one array of doubles: a fraction, or a number that none holds, would break all.
+        for name, about in type(self).__dataclass_fields__.items():
+            if isinstance(about.default, float) and number(value := getattr(self, name)):
+                need(abs(value) <= sys.float_info.max or value != value, name, "a number that a double holds")
+                object.__setattr__(self, name, float(value))
+
         need(number(self.temperature) and 0 <= self.temperature < math.inf, "temperature", "a number, 0 or larger")
         need(number(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number above 0 and at most 1")
-        need(whole(self.top_k) and self.top_k >= 0, "top_k", "a whole number, 0 (off) or larger")
+        need(whole(self.top_k) and 0 <= self.top_k < 1 << 31, "top_k", "a whole number from 0 (off) to 2^31 - 1")
         need(number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number between 0 and 1")
+        need(number(self.typical_p) and 0 < self.typical_p <= 1, "typical_p", "a number above 0 and at most 1")
+        for name in ("top_n_sigma", "mirostat_tau", "dry_multiplier"):
+            value = getattr(self, name)
+            need(number(value) and 0 <= value < math.inf, name, "a number, 0 (off) or larger")
+        for name in ("xtc_probability", "xtc_threshold"):
+            need(number(getattr(self, name)) and 0 <= getattr(self, name) <= 1, name, "a number between 0 and 1")
+        need(number(self.mirostat_eta) and 0 < self.mirostat_eta <= 1, "mirostat_eta", "a number above 0 and at most 1")
+        need(
+            number(self.repetition_penalty) and 0 < self.repetition_penalty <= 100,
+            "repetition_penalty",
+            "a number above 0 and at most 100",
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            need(number(getattr(self, name)) and -100 <= getattr(self, name) <= 100, name, "between -100 and 100")
+        need(number(self.dry_base) and 1 <= self.dry_base < math.inf, "dry_base", "a number, 1 or larger")
+        length = self.dry_allowed_length
+        need(whole(length) and length >= 1, "dry_allowed_length", "a whole number, 1 or larger")
+        for name in ("penalty_range", "dry_range"):
+            value = getattr(self, name)
+            need(whole(value) and value >= 0, name, "a whole number, 0 (no limit) or larger")
+        for name in ("dry_sequence_breakers", "banned_tokens"):
+            ids = getattr(self, name)
+            fits = isinstance(ids, tuple | list) and all(whole(each) and each >= 0 for each in ids)
+            need(fits, name, "a tuple of token ids")
+        pairs = self.logit_bias
+        fits = isinstance(pairs, tuple | list) and all(
+            isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs
+        )
+        fits = fits and all(whole(token) and token >= 0 for token, _ in pairs)
+        fits = fits and all(number(amount) and -100 <= amount <= 100 for _, amount in pairs)
+        fits = fits and len({token for token, _ in pairs}) == len(pairs)
+        need(fits, "logit_bias", "pairs of a token id, each once, and a number between -100 and 100")
         seed, most = self.seed, self.max_tokens
+        least = whole(self.min_tokens) and self.min_tokens >= 0
+        need(least, "min_tokens", "a whole number, 0 or larger")
+        need(isinstance(self.ignore_eos, bool), "ignore_eos", "True or False")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            need(value is None or (whole(value) and value >= 0), name, "a whole number, 0 or larger")
+        need(whole(self.n) and 1 <= self.n <= MOST_CHOICES, "n", f"a whole number from 1 to {MOST_CHOICES}")
+        best = self.best_of
+        fits = best is None or (whole(best) and self.n <= best <= MOST_CHOICES)
+        need(fits, "best_of", f"a whole number from n = {self.n} to {MOST_CHOICES}")
         need(seed is None or (whole(seed) and 0 <= seed < 1 << 64), "seed", "a whole number from 0 to 2^64 - 1")
         need(most is None or (whole(most) and most >= 1), "max_tokens", "a whole number, 1 or larger")
         # A string is a sequence of strings too: each of its characters would end the answer.
         texts = isinstance(self.stop, tuple | list) and all(isinstance(text, str) and text for text in self.stop)
         need(texts, "stop", "a tuple of strings of at least one character")
+        need(most is None or self.min_tokens <= most, "min_tokens", f"at most max_tokens = {most}")
+        if self.mirostat_tau > 0:
+            for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0), ("typical_p", 1), ("top_n_sigma", 0)):
+                if getattr(self, name) != off:
+                    raise UsageError(
+                        f"mirostat_tau takes the place of {name}, which is {getattr(self, name)!r}.",
+                        remedy=f"Set {name} to {off} beside mirostat_tau.",
+                    )
+            if self.xtc_probability > 0:
+                raise UsageError("mirostat_tau and xtc_probability undo each other.", remedy="Leave one of them out.")
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token and the natural logarithm of the probability that the model itself gave it, before any penalty, filter
+    or temperature; `top`: the likeliest tokens there and theirs, largest first, equals by the lower id."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a model finds a given answer: the natural logarithm of its probability, that of each of its tokens
+    (with the likeliest token in its place as `top`), and whether every token is the likeliest, so that greedy decoding
+    would have given this answer."""
+
+    logprob: float
+    greedy: bool
+    tokens: tuple[TokenLogprob, ...]
+
+
+GrammarKind = Literal["json_schema", "json_object", "regex", "lark", "choice"]
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """The form an answer must have. `puna.engine.grammar` says what is honoured.
+
+    `text` is the JSON schema; nothing for "json_object" (any one object); the regular expression, which the whole
+    answer matches; the Lark grammar; or, for "choice", a JSON list of the strings the answer may be.
+    Raises UsageError for an unknown kind, and for a text where none is wanted or none where one is.
+    """
+
+    kind: GrammarKind
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(GrammarKind):
+            raise UsageError(
+                f"There is no grammar of the kind {self.kind!r:.80}.",
+                remedy=f"The kinds are {', '.join(get_args(GrammarKind))}.",
+            )
+        if not isinstance(self.text, str) or bool(self.text) == (self.kind == "json_object"):
+            wanted = "takes no text" if self.kind == "json_object" else "needs its text"
+            raise UsageError(
+                f"A grammar of the kind {self.kind} {wanted}.",
+                remedy='For an object of a given form, use "json_schema".',
+            )
 
 
 @dataclass(frozen=True)
@@ -107,6 +253,10 @@ class Answer:
     notes: tuple[str, ...] = field(default=())
 
 
+SPECULATIONS = ("off", "lookup")
+"""How tokens may be guessed without a draft model: not at all, or from what the text said before."""
+
+
 class SamplingOptions(TypedDict, total=False):
     """`Sampling`'s fields as keywords, for `LLM.stream(prompt, temperature=0)`; a test holds the two together."""
 
@@ -117,3 +267,114 @@ class SamplingOptions(TypedDict, total=False):
     seed: int | None
     max_tokens: int | None
     stop: tuple[str, ...]
+    typical_p: float
+    top_n_sigma: float
+    xtc_probability: float
+    xtc_threshold: float
+    mirostat_tau: float
+    mirostat_eta: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    penalty_range: int
+    dry_multiplier: float
+    dry_base: float
+    dry_allowed_length: int
+    dry_range: int
+    dry_sequence_breakers: tuple[int, ...]
+    logit_bias: tuple[tuple[int, float], ...]
+    banned_tokens: tuple[int, ...]
+    min_tokens: int
+    ignore_eos: bool
+    logprobs: int | None
+    prompt_logprobs: int | None
+    n: int
+    best_of: int | None
+
+
+ROLES = ("system", "user", "assistant")
+"""Who speaks in a conversation."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message. role is "system", "user" or "assistant"; raises ChatFormatError for any other."""
+
+    role: str
+    content: str
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ChatFormatError(f"A message has the role {self.role!r}.", remedy=f"Roles are {', '.join(ROLES)}.")
+        if not isinstance(self.content, str):
+            raise ChatFormatError(
+                f"The content of a message is a {type(self.content).__name__}.", remedy="Content is text."
+            )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a caller asks of a `Backend`.
+
+    `prompt` is a text, a conversation, or token ids taken as they are; `raw` applies no chat format to a text.
+    `namespace` says whose it is: prompts are remembered for later requests of the same namespace only. A larger
+    `priority` goes first; after `timeout` seconds the answer ends with what is there, finish reason "deadline".
+    `grammar` is the form that every answer must have; `adapter` the name of a LoRA adapter that was loaded. Raises
+    UsageError for a timeout that is no such number.
+    """
+
+    prompt: str | tuple[Message, ...] | tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    raw: bool = False
+    grammar: Grammar | None = None
+    namespace: str = ""
+    priority: int = 0
+    timeout: float | None = None
+    adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        late = self.timeout
+        if late is not None and not (isinstance(late, Real) and not isinstance(late, bool) and 0 <= late <= 1 << 31):
+            raise UsageError(
+                f"timeout must be a number of seconds from 0 to 2^31, not {late!r:.80}.",
+                remedy="Leave it out for no deadline.",
+            )
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request: its prompt's, those of them that were remembered and not computed, and all answers'."""
+
+    prompt_tokens: int
+    reused_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Event:
+    """A piece of an answer. `choice` says of which, where several were asked for.
+
+    `text` is certain: whole characters, and no part of a stop string. `token_ids` may be ahead of it. Before the first
+    token, events without either say how much of the prompt has been read (`prefilled`). `prompt_logprobs`,
+    where asked for, are those of the prompt's tokens from its second on. `finish` stands in the last event of a choice,
+    `usage` in the last of all.
+    """
+
+    choice: int = 0
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    prefilled: int = 0
+    finish: FinishReason | None = None
+    usage: Usage | None = None
+
+
+class Backend(Protocol):
+    """Whatever answers requests: a model on this machine, a script that plays one, a service elsewhere."""
+
+    def generate(self, request: Request) -> AsyncIterator[Event]:
+        """The answer, piece by piece. Raises PunaError; closing the iterator early cancels the request."""
+
+    async def close(self) -> None:
+        """End every answer under way and give back what the backend holds. A second close does nothing."""

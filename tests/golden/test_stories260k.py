@@ -73,7 +73,7 @@ def test_an_op_at_a_time(folder: Path, expected: str) -> None:
 
     llm = LLM(folder / "stories260K.bin", tokenizer=folder / "tok512.bin")
     assert isinstance(llm._runner, NativeRunner)
-    llm._engine = Engine(HostRunner(llm.config, llm._runner._weights))
+    llm._engine = Engine(HostRunner(llm.config, llm._runner._weights), pages=8)
     assert llm.generate("", raw=True, temperature=0, max_tokens=TOKENS).text == expected
 
 
@@ -85,7 +85,7 @@ def test_torch(folder: Path, expected: str) -> None:
 
     loaded = load(folder / "stories260K.bin", tokenizer=folder / "tok512.bin")
     # `--device cpu` means the C++ kernels, so the torch runner is put in by hand; cuda would take the same walk.
-    llm._engine = Engine(TorchRunner(loaded.config, loaded.weights, "cpu"))
+    llm._engine = Engine(TorchRunner(loaded.config, loaded.weights, "cpu"), pages=8)
     assert llm.generate("", raw=True, temperature=0, max_tokens=TOKENS).text == expected
 
 
