@@ -15,34 +15,15 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from puna.errors import ChatFormatError
 from puna.text.tokenizer import Tokenizer, check_text
+from puna.types import Message
 
 if TYPE_CHECKING:
     from puna.text.template import ChatTemplate
-
-ROLES = ("system", "user", "assistant")
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message. role is "system", "user" or "assistant"; raises ChatFormatError for any other."""
-
-    role: str
-    content: str
-
-    def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise ChatFormatError(f"A message has the role {self.role!r}.", remedy=f"Roles are {', '.join(ROLES)}.")
-        if not isinstance(self.content, str):
-            raise ChatFormatError(
-                f"The content of a message is a {type(self.content).__name__}.", remedy="Content is text."
-            )
-
 
 Segments = Callable[[Sequence[Message], bool, datetime], list[str]]
 """Messages, whether the assistant's header follows, the date -> the text, in parts that are tokenized apart."""

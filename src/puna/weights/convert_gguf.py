@@ -51,10 +51,7 @@ def write(
         kinds, replaced = mixes.choose(chosen, checkpoint.config, shapes)
         file_type = chosen.file_type
         notes += replaced
-    if any(stored[name] not in ("F32", "F16", "BF16", kind) for name, kind in kinds.items()):
-        notes.append(
-            "the source is packed already: packing its rounded numbers anew loses more than packing the original"
-        )
+    notes += mixes.packed_anew(stored, kinds)
     words = tokenizer_of(checkpoint, tokenizer)
     chat = chat_format_of(checkpoint, words)
     if chat is not None and chat.template is None:

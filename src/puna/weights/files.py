@@ -22,7 +22,7 @@ import numpy as np
 
 from puna.errors import CheckpointError
 from puna.kernels.blocks import TYPES
-from puna.kernels.layouts import BF16, Packed, Panels, Weight
+from puna.kernels.layouts import BF16, Packed, Panels, Weight, mapping
 
 LARGEST_JSON = 8 << 20
 """Bytes of JSON read at most. The largest real header (1,138 tensors of the 405B) is a sixtieth of this, and parsed
@@ -84,6 +84,13 @@ class MappedFile:
             raise unreadable(path, error) from error
         self.size = len(self.bytes)
 
+    def touch(self, begin: int, end: int) -> None:
+        """Have the bytes from `begin` to `end` read and mapped, so that using them does not wait for it.
+
+        Other threads run meanwhile. Linux maps 64 KiB around a page that is missed.
+        """
+        np.frombuffer(self.bytes, np.uint8)[begin : end : 64 << 10].max(initial=0)
+
     def weight(self, dtype: str, shape: tuple[int, ...], offset: int) -> Weight:
         """The weight of `shape` that starts at byte `offset`: a read-only view.
 
@@ -124,14 +131,6 @@ def raw(weight: Weight) -> np.ndarray[Any, Any]:
 def wrap(array: np.ndarray[Any, Any]) -> Weight:
     """The opposite of `raw`: uint16 words are a BF16."""
     return BF16(array) if array.dtype == np.uint16 else array
-
-
-def mapping(weight: Weight) -> mmap.mmap | None:
-    """The mapped file that a weight is a view of, or None."""
-    base: Any = raw(weight)
-    while isinstance(base, np.ndarray | memoryview):
-        base = base.base if isinstance(base, np.ndarray) else base.obj
-    return base if isinstance(base, mmap.mmap) else None
 
 
 def release(weight: Weight) -> None:

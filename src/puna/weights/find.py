@@ -7,15 +7,19 @@ What is surprising: a file named like a hub id wins over the hub; only one named
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from puna.errors import CheckpointError
 from puna.settings import typed_path
 from puna.weights.embedded import EMBEDDED, embedded_folder
 
+_SUFFIXES = {".bin", ".pt", ".pth", ".safetensors", ".gguf"}
+_HUB_FILE = re.compile(r"[^/:]+/[^/:]+:[^/:]+")
+
 
 def find_model(model: str) -> Path:
-    """The file or folder of a model: `cria`, a path, a hub id (`org/name`) or a short name (`llama3.2:1b`).
+    """The file or folder of a model: `cria`, a path, a hub id (`org/name`, `org/name:Q4_K_M`) or a short name.
 
     Raises CheckpointError for a path that is not there, HubError for a name that is unknown or not pulled yet.
     """
@@ -37,11 +41,14 @@ def find_model(model: str) -> Path:
 
 
 def looks_like_path(model: str) -> bool:
-    """Whether a person who typed this meant a path, be there one or not: a hub id has one slash, between two names."""
+    """Whether a person who typed this meant a path, be there one or not.
+
+    A hub id has one slash, between two names, and after a colon it may name a file.
+    """
     return (
         model.startswith((".", "/", "~"))
         or model.endswith("/")
         or "\\" in model
         or model.count("/") > 1
-        or Path(model).suffix in {".bin", ".pt", ".pth", ".safetensors", ".gguf"}
+        or (Path(model).suffix in _SUFFIXES and not _HUB_FILE.fullmatch(model))
     )

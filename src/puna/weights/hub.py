@@ -1,12 +1,14 @@
 """Models from the Hugging Face hub: fetch them, find them again, remove them.
 
 What it is: `pull` (only the files Puna reads, resumed, checked against the hub's checksums, pinned to a commit),
-`resolve` (a name to a folder, without network) and `remove`, over huggingface_hub. Which files a repository has is
-asked by `hub_listing.py`, `hub_job.py` fetches them, `hub_errors.py` says what went wrong.
+`resolve` (a name to a folder or a GGUF, without network) and `remove`, over huggingface_hub. Which files a repository
+has is asked by `hub_listing.py`, which of several GGUFs is meant by `hub_gguf.py`, `hub_job.py` fetches them,
+`hub_errors.py` says what went wrong.
 What it is not: a cache of its own. Files lie where huggingface_hub puts them, so that what another program fetched is
 found, and what Puna fetched is found by others; `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`, `HF_HUB_CACHE` and
 `HF_HUB_OFFLINE` are read by huggingface_hub. The record that pins a pull is Puna's (`installed.py`).
 What is surprising: `resolve` and `remove` know models that came from Meta by a signed link too, by their short names.
+Each GGUF of a repository is a model of its own, called `org/name:Q4_K_M`, though they share a snapshot.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from puna.errors import HubError
 from puna.weights import installed as books
 from puna.weights.embedded import EMBEDDED
 from puna.weights.hub_errors import explained
+from puna.weights.hub_gguf import TAG, choose, is_called, models_of
 from puna.weights.hub_job import Job
 from puna.weights.hub_listing import INDEX, list_files
 
@@ -40,31 +43,44 @@ _MAX_INDEX = 64 << 20  # bytes
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """A finished pull: `folder` is what a loader opens; `bytes_fetched` counts what came over the network."""
+    """A finished pull: `path` is what a loader opens; `bytes_fetched` counts what came over the network."""
 
     name: str
-    folder: Path
+    path: Path
     revision: str
     commit: str
     files: tuple[books.PulledFile, ...]
     bytes_total: int
     bytes_fetched: int
 
+    @property
+    def folder(self) -> Path:
+        """Where the files lie."""
+        return self.path.parent if self.path.suffix == ".gguf" else self.path
+
 
 def hub_id_of(name: str) -> str:
-    """The hub id that `name` (a short name of the catalog, or itself `org/name`) stands for.
+    """The hub id that `name` (a short name of the catalog, `org/name`, or `org/name:TAG`) stands for.
 
     Raises:
         HubError: it is neither.
     """
+    return _asked(name)[0]
+
+
+def _asked(name: str) -> tuple[str, str | None]:
+    """The hub id that `name` stands for, and which of its GGUFs."""
     entry = catalog.find(name)
     if entry is not None:
-        return entry.hub_id
+        return entry.hub_id, None
     if "/" not in name:
-        return catalog.lookup(name).hub_id  # raises, with what may have been meant
-    if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
-        raise HubError(f"{name!r} is not a hub id.", remedy="A hub id has the form org/name.")
-    return name
+        return catalog.lookup(name).hub_id, None  # raises, with what may have been meant
+    hub_id, colon, tag = name.partition(":")
+    if not _HUB_ID.fullmatch(hub_id) or ".." in hub_id or "--" in hub_id or (colon and not TAG.fullmatch(tag)):
+        raise HubError(
+            f"{name!r} is not a hub id.", remedy="A hub id has the form org/name; of GGUFs one is org/name:Q4_K_M."
+        )
+    return hub_id, tag if colon else None
 
 
 def pull(
@@ -75,30 +91,37 @@ def pull(
     endpoint: str | None = None,
     cache_dir: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Pulled:
     """Fetch a model into the hub's cache and pin it.
 
-    Fetched are the configuration, the tokenizer, the chat template, the licence, and the safetensors with their index;
-    never pickles (but Meta's own, with `original`) or code. What is already in the cache is checked, not fetched; what
-    an earlier pull checked and nothing has touched since is not even read.
+    Fetched are the configuration, the tokenizer, the chat template, the licence, and the safetensors with their index,
+    or one GGUF, all its parts, and the licence; never pickles (but Meta's own, with `original`) or code. What is
+    already in the cache is checked, not fetched; what an earlier pull checked and nothing has touched since is not even
+    read.
 
     Args:
-        name: a short name of the catalog (`llama3.2:1b`) or a hub id (`org/name`).
+        name: a short name of the catalog (`llama3.2:1b`), a hub id (`org/name`), or one with a GGUF of it: its type
+            (`org/name:Q4_K_M`) or its file. Where there are no safetensors and several GGUFs, a hub id alone means
+            Q4_K_M.
         revision: a branch, tag or commit; None is the default branch.
         original: fetch Meta's own files (`consolidated.NN.pth`, `params.json`, `tokenizer.model`) in place of the
             safetensors.
         endpoint: the hub's address; None is `HF_ENDPOINT`, or the public hub.
         cache_dir: the cache's folder; None is where huggingface_hub keeps it.
         progress: hears of every chunk, from several threads but never from two at once.
+        say: hears before the first byte which of several GGUFs was taken where none was named.
 
     Raises:
-        HubError: no such model or revision, a gated or refused one, a checksum that is wrong (the file is named, and
-            removed so that the next pull fetches it again). A pull that was cut short, also by Ctrl-C, continues when
-            it is asked for again.
+        HubError: no such model or revision, several GGUFs of which none is named nor is Q4_K_M, a gated or refused one,
+            a checksum that is wrong (the file is named, and removed so that the next pull fetches it again). A pull
+            that was cut short, also by Ctrl-C, continues when it is asked for again.
         UnreachableError: no connection, or a hub in trouble.
         StorageError: no room, or a cache that cannot be written.
     """
-    hub_id = hub_id_of(name)
+    hub_id, tag = _asked(name)
+    if tag is not None and original:
+        raise HubError(f"{name} names a GGUF, and Meta's original files are none.", remedy="Leave one of the two out.")
     asked = revision or "main"
     if not _REVISION.fullmatch(asked) or ".." in asked:
         raise HubError(f"{asked!r} is not a revision.", remedy="A revision is a branch, a tag or a commit.")
@@ -107,10 +130,14 @@ def pull(
     address = (endpoint or constants.ENDPOINT).rstrip("/")
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().absolute()
     with explained(hub_id, asked, address):
-        commit, files = list_files(hub_id, asked, address, original)
+        listing = list_files(hub_id, tag, asked, address, original)
+        commit, files = listing.commit, listing.files
+        name = hub_id if listing.gguf is None else f"{hub_id}:{listing.gguf.label}"
+        if listing.passed_over and say is not None:
+            say(f"{hub_id} has several GGUF models: {name} is fetched, not {', '.join(listing.passed_over)}.")
         job = Job(hub_id, commit, address, cache, files, progress)
         begun = books.Record(
-            name=hub_id,
+            name=name,
             source="hub",
             folder=str(job.snapshot),
             revision=asked,
@@ -119,7 +146,7 @@ def pull(
             complete=False,
             files=tuple(books.PulledFile(file.path, file.size, file.checksum, "", 0) for file in files),
         )
-        earlier = books.read_record(hub_id)
+        earlier = books.read_record(name)
         begun_record = books.with_commit(earlier, begun)
         job.make_room()
         books.write_record(begun_record)
@@ -128,7 +155,7 @@ def pull(
         except BaseException:
             if earlier is None and not job.has_bytes():
                 # Refused at the door: there is nothing to continue, to list or to remove.
-                books.delete_record(hub_id)
+                books.delete_record(name)
             raise
         if asked != commit:
             _write_ref(job.repository, asked, commit)
@@ -136,8 +163,8 @@ def pull(
             replace(begun, files=pulled, complete=True, commits=begun_record.commits, pulled=books.now())
         )
     return Pulled(
-        name=hub_id,
-        folder=_loadable(job.snapshot, pulled),
+        name=name,
+        path=_loadable(job.snapshot, pulled),
         revision=asked,
         commit=commit,
         files=pulled,
@@ -147,32 +174,37 @@ def pull(
 
 
 def resolve(name: str, *, cache_dir: Path | None = None) -> Path:
-    """The folder of a model that is on this machine, without network.
+    """The folder of a model that is on this machine, or its GGUF (the first part), without network.
 
-    `name` is a short name or a hub id (`find.find_model` knows paths and the embedded model). A pulled model is the
-    commit that was pinned; one that another program left in the hub's cache is what that cache calls `main`.
+    `name` is a short name, a hub id or a hub id with a GGUF's tag (`find.find_model` knows paths and the embedded
+    model). A pulled model is the commit that was pinned; one that another program left in the hub's cache is what that
+    cache calls `main`.
 
     Raises:
-        HubError: it is not here, or not whole; the remedy is the command that fetches it.
+        HubError: it is not here, or not whole; the remedy is the command that fetches it. Or it may be several.
     """
-    hub_id = hub_id_of(name)
-    for record in _records_of(name, hub_id):
-        if books.is_whole(record):
-            return _loadable(Path(record.folder), record.files)
-    cached = _cached_by_others(hub_id, cache_dir)
+    hub_id, tag = _asked(name)
+    records = _records_of(name)
+    whole = [record for record in records if books.is_whole(record)]
+    if whole:
+        return _loadable(Path(_only(name, whole).folder), _only(name, whole).files)
+    cached = _cached_by_others(hub_id, cache_dir) if tag is None else None
+    cached = cached or _cached_gguf(hub_id, tag, cache_dir)
     if cached is not None:
         return cached
-    begun = books.read_record(hub_id)
-    if begun is not None and not begun.complete:
+    for begun in records:
+        if begun.source != "hub":
+            continue
+        if not begun.complete:
+            raise HubError(
+                f"The pull of {begun.name} was not finished.", remedy=f"`puna pull {name}` continues where it stopped."
+            )
         raise HubError(
-            f"The pull of {hub_id} was not finished.", remedy=f"`puna pull {name}` continues where it stopped."
-        )
-    if begun is not None:
-        raise HubError(
-            f"{hub_id} was pulled, but some of its files are no longer in {begun.folder}.",
+            f"{begun.name} was pulled, but some of its files are no longer in {begun.folder}.",
             remedy=f"`puna pull {name}` fetches what is missing.",
         )
-    raise HubError(f"{hub_id} is not on this machine.", remedy=f"`puna pull {name}` fetches it.")
+    asked = hub_id if tag is None else f"{hub_id}:{tag}"
+    raise HubError(f"{asked} is not on this machine.", remedy=f"`puna pull {name}` fetches it.")
 
 
 def remove(name: str) -> int:
@@ -208,33 +240,86 @@ def removable(name: str) -> list[books.Record]:
             f"{EMBEDDED} is part of the package and cannot be removed.", remedy="Uninstall Puna to remove it."
         )
     try:
-        hub_id = hub_id_of(name)
+        hub_id, tag = _asked(name)
     except HubError as error:
         # That the name is none of the catalog's is beside the point here.
         raise HubError(f"{name!r} was not pulled.", remedy="`puna list` shows what was.") from error
-    found = _records_of(name, hub_id)
+    found = _records_of(name)
+    if found and ":" in found[0].name and found[0].source == "hub":
+        return [_only(name, found)]
     if not found:
         raise HubError(
-            f"{hub_id} was not pulled by Puna.",
+            f"{hub_id if tag is None else name} was not pulled by Puna.",
             remedy="`puna list` shows what was. What other programs left in the hub's cache, `hf cache rm` removes.",
         )
     return found
 
 
 def _loadable(folder: Path, files: tuple[books.PulledFile, ...]) -> Path:
-    """The folder that a loader opens: a snapshot's `original` where only that has weights."""
+    """What a loader opens: the folder, its `original` where only that has weights, or a GGUF's first part."""
     paths = [file.path for file in files]
-    only_original = any(path.startswith("original/") for path in paths) and not any(
-        path.endswith(".safetensors") for path in paths
-    )
-    return folder / "original" if only_original else folder
+    if any(path.endswith(".safetensors") for path in paths):
+        return folder
+    gguf = [path for path in paths if path.endswith(".gguf")]
+    if gguf:
+        return folder / gguf[0]  # the parts are in order
+    return folder / "original" if any(path.startswith("original/") for path in paths) else folder
 
 
-def _records_of(name: str, hub_id: str) -> list[books.Record]:
-    """The records that `name` may mean: the hub's, then one that came from Meta under the short name."""
+def _records_of(name: str) -> list[books.Record]:
+    """The records that `name` may mean: the hub's, then one that came from Meta under the short name.
+
+    A hub id alone may mean any of its GGUFs that were pulled, where it was not itself pulled.
+    """
+    hub_id, tag = _asked(name)
     entry = catalog.find(name)
     names = [hub_id] if entry is None else [hub_id, entry.short_name]
-    return [record for record in map(books.read_record, names) if record is not None]
+    found = [] if tag is not None else [record for record in map(books.read_record, names) if record is not None]
+    if found or entry is not None:
+        return found
+    return [
+        record
+        for record in books.records()
+        if record.source == "hub"
+        and record.name.startswith(f"{hub_id}:")
+        and (tag is None or is_called(record.name.partition(":")[2], (file.path for file in record.files), tag))
+    ]
+
+
+def _only(name: str, records: list[books.Record]) -> books.Record:
+    """The record that `name` means.
+
+    Raises:
+        HubError: these are several GGUFs of the hub id.
+    """
+    if len(records) > 1 and ":" in records[0].name and records[0].source == "hub":
+        names = [record.name for record in records]
+        raise HubError(f"{name} is here {len(names)} times: {', '.join(names)}.", remedy=f"Name one: {names[0]}")
+    return records[0]
+
+
+def _cached_gguf(hub_id: str, tag: str | None, cache_dir: Path | None) -> Path | None:
+    """A GGUF in the snapshot that the hub's cache calls `main`; another program may have fetched it.
+
+    Raises:
+        HubError: there are several, and none is named.
+    """
+    from huggingface_hub import constants
+
+    repository = Path(cache_dir or constants.HF_HUB_CACHE).expanduser() / f"models--{hub_id.replace('/', '--')}"
+    ref = repository / "refs" / "main"
+    if not ref.is_file():
+        return None
+    snapshot = repository / "snapshots" / ref.read_text(encoding="utf-8", errors="replace")[:64].strip()
+    if snapshot.parent != repository / "snapshots" or not snapshot.is_dir():
+        return None
+    files = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*.gguf") if path.is_file()]
+    if not files:
+        return None
+    models = models_of(hub_id, files)
+    if tag is not None and not any(is_called(model.label, model.files, tag) for model in models):
+        return None
+    return snapshot / choose(hub_id, models, tag).files[0] if models else None
 
 
 def _cached_by_others(hub_id: str, cache_dir: Path | None) -> Path | None:
@@ -289,6 +374,14 @@ def _remove_from_cache(record: books.Record) -> int:
         if part.is_file():
             freed += part.stat().st_size
             part.unlink()
+    # Other GGUFs of the repository are models of their own: what they need of a commit stays.
+    others = [
+        other
+        for other in books.records()
+        if other.name != record.name and Path(other.folder).parent.parent == repository
+    ]
+    needed = {commit for other in others for commit in other.commits}
+    freed += _remove_files(repository, record, others, [commit for commit in record.commits if commit in needed])
     try:
         scan = scan_cache_dir(repository.parent)
     except CacheNotFound:
@@ -299,7 +392,7 @@ def _remove_from_cache(record: books.Record) -> int:
         if repo.repo_path == repository.resolve()
         for revision in repo.revisions
     }
-    ours = [commit for commit in record.commits if commit in cached]
+    ours = [commit for commit in record.commits if commit in cached and commit not in needed]
     if ours:
         strategy = scan.delete_revisions(*ours)
         freed += strategy.expected_freed_size
@@ -308,10 +401,34 @@ def _remove_from_cache(record: books.Record) -> int:
     if left:
         # The strategy logs what it could not delete and goes on; a person who asked for room must hear of it.
         raise OSError(errno.EACCES, f"snapshot {left[0]} is still there")
-    if not cached and not any(repository.glob("snapshots/*")):
+    if not cached and not others and not any(repository.glob("snapshots/*")):
         # Nothing but what an interrupted pull left behind.
         freed += sum(path.stat().st_size for path in repository.glob("blobs/*"))
         shutil.rmtree(repository)
+    return freed
+
+
+def _remove_files(repository: Path, record: books.Record, others: list[books.Record], commits: list[str]) -> int:
+    """Remove from these snapshots the files that only `record` has; the bytes freed."""
+    kept = {file.path for other in others for file in other.files}
+    pointers = [
+        repository / "snapshots" / commit / file.path
+        for commit in commits
+        for file in record.files
+        if file.path not in kept
+    ]
+    pointers = [pointer for pointer in pointers if pointer.is_file()]
+    blobs = {pointer.resolve() for pointer in pointers}
+    for pointer in pointers:
+        pointer.unlink()
+        if not any(pointer.parent.iterdir()):
+            pointer.parent.rmdir()
+    blobs -= {path.resolve() for path in repository.glob("snapshots/**/*") if path.is_file()}
+    freed = 0
+    for blob in blobs:
+        if blob.is_file() and repository.resolve() in blob.parents:
+            freed += blob.stat().st_size
+            blob.unlink()
     return freed
 
 

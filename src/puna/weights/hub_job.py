@@ -80,8 +80,9 @@ class Job:
             )
 
     def has_bytes(self) -> bool:
-        """Whether any of the repository's bytes are in the cache."""
-        return any(path.stat().st_size > 0 for path in self.repository.glob("blobs/*"))
+        """Whether any bytes of these files are in the cache."""
+        places = [place for file in self.files for place in (self.repository / "blobs" / file.blob, self._part(file))]
+        return any(place.exists() and place.stat().st_size > 0 for place in places)
 
     def run(self, earlier: books.Record | None) -> tuple[books.PulledFile, ...]:
         """Fetch and check every file; the files in the order of their paths."""

@@ -2,7 +2,7 @@
 
 What it is: `list_files`: a revision to its commit and the files worth fetching, from the hub's answer, which is a
 stranger's until checked.
-What it is not: the fetching (`hub_job.py`).
+What it is not: the fetching (`hub_job.py`), or the choice among several GGUFs (`hub_gguf.py`).
 What is surprising: nothing is fetched that Puna does not read: never pickles (but Meta's own, when they are asked for)
 or code, and of two forms of the same weights only one.
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from puna import __version__
 from puna.errors import HubError, UnreachableError
+from puna.weights import hub_gguf
 from puna.weights.fetch import git_blob_sha1
 
 if TYPE_CHECKING:
@@ -25,10 +26,11 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 # What Puna reads beside the weights. Licences travel with the weights, as Meta's agreements ask.
+_LICENCE = re.compile(r"(LICENSE|USE_POLICY|NOTICE)[\w.-]{0,16}", re.ASCII)
 _BESIDE = re.compile(
     r"config\.json|generation_config\.json|tokenizer\.json|tokenizer_config\.json|tokenizer\.model"
     r"|special_tokens_map\.json|added_tokens\.json|chat_template\.(jinja|json)|adapter_config\.json"
-    r"|adapter_model\.safetensors|(LICENSE|USE_POLICY|NOTICE)[\w.-]{0,16}",
+    r"|adapter_model\.safetensors|" + _LICENCE.pattern,
     re.ASCII,
 )
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors", re.ASCII)  # five digits mostly, R1's Llamas have six
@@ -62,31 +64,55 @@ class RemoteFile:
         return hashlib.sha256() if self.sha256 else git_blob_sha1(self.size)
 
 
-def list_files(hub_id: str, revision: str, endpoint: str, original: bool) -> tuple[str, list[RemoteFile]]:
-    """The commit a revision is at, and those of its files that Puna fetches.
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What of a repository is to be fetched.
+
+    `gguf` is the GGUF model among the files, if they are one's; `passed_over` are the labels of the others that the
+    repository has, where none was named.
+    """
+
+    commit: str
+    files: list[RemoteFile]
+    gguf: hub_gguf.HubGGUF | None = None
+    passed_over: tuple[str, ...] = ()
+
+
+def list_files(hub_id: str, tag: str | None, revision: str, endpoint: str, original: bool) -> Listing:
+    """The commit a revision is at, and those of its files that Puna fetches; `tag` names a GGUF among them.
 
     Raises:
         UnreachableError: the answer is not a hub's.
-        HubError: the repository has no weights that Puna reads.
+        HubError: the repository has no weights that Puna reads, or several GGUFs and none was named.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     api = HfApi(endpoint=endpoint, library_name="puna", library_version=__version__)
+
+    def tree(folder: str | None, listed: dict[str, RemoteFile], *, recursive: bool = False) -> list[str]:
+        """Adds the files of a folder to `listed`; the folders in it."""
+        folders = []
+        for item in api.list_repo_tree(hub_id, folder, revision=commit, recursive=recursive):
+            if hasattr(item, "blob_id"):
+                listed[item.path] = _remote_file(item)
+            else:
+                folders.append(item.path)
+            if len(listed) + len(folders) > _MAX_FILES:
+                raise ValueError(f"it lists more than {_MAX_FILES} files")
+        return folders
+
     listed: dict[str, RemoteFile] = {}
-    folders: list[str | None] = [None]
     try:
         commit = api.model_info(hub_id, revision=revision, timeout=_API_SECONDS).sha
         if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
             raise ValueError(f"the commit is {commit!r}")
-        while folders:
-            for item in api.list_repo_tree(hub_id, folders.pop(), revision=commit):
-                if hasattr(item, "blob_id"):
-                    listed[item.path] = _remote_file(item)
-                elif original and item.path == "original":
-                    folders.append(item.path)
-                if len(listed) > _MAX_FILES:
-                    raise ValueError(f"it lists more than {_MAX_FILES} files")
+        if original:
+            if "original" in tree(None, listed):
+                tree("original", listed)
+        elif tag is not None or (tree(None, listed) and not any(map(_SAFETENSORS.fullmatch, listed))):
+            # GGUFs of many parts lie in folders.
+            tree(None, listed, recursive=True)
     except (HfHubHTTPError, HFValidationError):
         raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -94,7 +120,14 @@ def list_files(hub_id: str, revision: str, endpoint: str, original: bool) -> tup
             f"{endpoint} does not answer as a hub does: {error}.",
             remedy="See what HF_ENDPOINT is set to; a proxy's log-in page answers like this too.",
         ) from error
-    return commit, _wanted(hub_id, listed, original)
+    if tag is not None or (not original and not any(map(_SAFETENSORS.fullmatch, listed))):
+        models = hub_gguf.models_of(hub_id, listed)
+        if tag is not None or models:
+            chosen = hub_gguf.choose(hub_id, models, tag)
+            paths = sorted({*chosen.files, *filter(_LICENCE.fullmatch, listed)})
+            others = () if tag is not None else tuple(each.label for each in models if each != chosen)
+            return Listing(commit, [listed[path] for path in paths], chosen, others)
+    return Listing(commit, _wanted(hub_id, listed, original))
 
 
 def _remote_file(item: Any) -> RemoteFile:
@@ -134,10 +167,10 @@ def _wanted(hub_id: str, listed: dict[str, RemoteFile], original: bool) -> list[
     else:
         weights = {path for path in listed if _SAFETENSORS.fullmatch(path)}
     if not weights:
-        others = sorted(path for path in listed if path.endswith((".bin", ".pt", ".pth", ".gguf")))
+        others = sorted(path for path in listed if path.endswith((".bin", ".pt", ".pth")))
         instead = f"; it has {', '.join(others[:3])}" if others else ""
-        remedy = "Pull a repository with safetensors"
+        remedy = "Pull a repository with safetensors or GGUF"
         if any(_ORIGINAL.fullmatch(path) and path.endswith(".pth") for path in listed):
             remedy += ", or this one's original files"
-        raise HubError(f"{hub_id} has no safetensors weights{instead}.", remedy=f"{remedy}.")
+        raise HubError(f"{hub_id} has no safetensors or GGUF weights{instead}.", remedy=f"{remedy}.")
     return [listed[path] for path in sorted(names | weights)]

@@ -1,8 +1,8 @@
 """Loads a checkpoint into the tree the decoder computes with, its tokenizer and its chat format.
 
 What it is: `load`. As stored, the weights are views of the mapped file and cost no memory of their own, but packed
-matrices are regrouped for the kernels (`ops.prepare_mapped`), and the file's pages given back as they are read. The
-tokenizer is read beside it, in a thread.
+matrices are to be regrouped for the kernels, which the runner does once it has answered (`layouts.Mapped`). The
+tokenizer is read in a thread, and the file's pages are mapped meanwhile.
 What it is not: a choice of device. `tree_map` moves the tree.
 What is surprising: `dtype="auto"` computes with each tensor as stored, norms included; any other converts on load,
 which takes memory for the whole model and is said in `notes`. So does `quant`, which packs the matrices one by one,
@@ -25,15 +25,15 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from puna.errors import CheckpointError, TokenizerError, UsageError
 from puna.kernels import ops
 from puna.kernels.blocks import TYPES
-from puna.kernels.layouts import Packed, Weight, convert
+from puna.kernels.layouts import Mapped, Packed, Weight, convert, mapping
 from puna.models import decoder, llama2
 from puna.models.config import DecoderConfig
-from puna.models.tree import DecoderWeights
+from puna.models.tree import DecoderWeights, leaves
 from puna.types import QUANTS
 from puna.weights import gguf_model, limits, mixes
 from puna.weights.checkpoint import Checkpoint, open_checkpoint
-from puna.weights.files import ITEM_SIZE, listed, mapping, release, unreadable
-from puna.weights.pack import KINDS
+from puna.weights.files import ITEM_SIZE, listed, release, unreadable
+from puna.weights.pack import KINDS, kind_of
 from puna.weights.pack import packed as pack
 
 if TYPE_CHECKING:
@@ -70,6 +70,11 @@ def load(
     checkpoint = open_checkpoint(path)
     with Meanwhile(lambda: tokenizer_of(checkpoint, tokenizer)) as reading:
         weights, notes = load_weights(checkpoint, dtype, quant, packed=packed)
+        if checkpoint.gguf is not None and any(isinstance(leaf, Mapped) for _, leaf in leaves(weights)):
+            for file in checkpoint.gguf.files:
+                for begin in range(0, file.size, TOUCHED):
+                    if reading.running():
+                        file.touch(begin, begin + TOUCHED)
     config, words = checkpoint.config, reading.result()
     if words.vocab_size != config.vocab_size:
         notes = (*notes, f"the tokenizer has {words.vocab_size} tokens and the embedding {config.vocab_size} rows")
@@ -107,6 +112,10 @@ class Meanwhile(Generic[T]):
 
     def __exit__(self, *_: object) -> None:
         self._thread.join()
+
+    def running(self) -> bool:
+        """Whether the work goes on."""
+        return self._thread.is_alive()
 
     def result(self) -> T:
         """What the work gave. Raises what it raised."""
@@ -177,6 +186,9 @@ def named_for_chat(folder: Path) -> bool:
     return any(re.search(r"instruct|chat", part, re.IGNORECASE) for part in parts)
 
 
+TOUCHED = 1 << 30
+"""Bytes of the file that are mapped at a time while the tokenizer is read: it is not to wait for more than these."""
+
 MOST_OF_MEMORY = 0.6
 """The share of the available memory that packed matrices may take to be regrouped: while that goes on, a matrix is
 there twice, and the conversation, the system and the file's pages want memory besides."""
@@ -209,15 +221,14 @@ def load_weights(
     room = limits.available()
     keep = dtype == "auto" and room is not None and size > MOST_OF_MEMORY * room
 
-    ready = {} if keep or dtype != "auto" else _panels(checkpoint)
-
     def parameter(name: str) -> Weight:
-        if name in ready:
-            return ready.pop(name)
         stored = checkpoint.tensors[name].read()
         weight = converted(checkpoint.path, name, stored, dtype)
         if len(weight.shape) == 2:
-            weight = ops.prepare(weight, keep=keep)
+            in_file = isinstance(weight, Packed) and mapping(weight) is not None
+            weight = ops.prepare(weight, keep=keep or in_file)
+            if in_file and not keep and isinstance(weight, Packed):
+                return Mapped(weight.kind, weight.shape, weight.data)
         if weight is not stored:
             release(stored)
         return weight
@@ -232,21 +243,6 @@ def load_weights(
     return weights, tuple(notes)
 
 
-def _panels(checkpoint: Checkpoint) -> dict[str, Weight]:
-    """The packed matrices of a checkpoint that lie in mapped files, by name, as the kernels hold them."""
-    found: dict[str, Packed] = {}
-    for name, tensor in checkpoint.tensors.items():
-        if tensor.dtype in TYPES and len(tensor.shape) == 2:
-            stored = tensor.read()
-            if isinstance(stored, Packed) and mapping(stored) is not None:
-                found[name] = stored
-    prepared = dict(zip(found, ops.prepare_mapped(list(found.values())), strict=True))
-    for name, weight in prepared.items():
-        if weight is not found[name]:
-            release(found[name])  # what a type without a kernel of its own leaves behind
-    return prepared
-
-
 def _plain_dtype(checkpoint: Checkpoint) -> str:
     """For what computes in one type and reads no packed ones: the type of a GGUF's matrices, bf16 for packed ones."""
     if checkpoint.format != "gguf" or len({tensor.dtype for tensor in checkpoint.tensors.values()}) == 1:
@@ -259,6 +255,7 @@ def _pack(checkpoint: Checkpoint, quant: str) -> tuple[DecoderWeights, tuple[str
     """The tree with its matrices packed, one after the other: memory grows with what is packed, not with the file."""
     mix = mixes.find(quant, "--quant", among=QUANTS)
     kinds, replaced = mixes.choose(mix, checkpoint.config, {n: t.shape for n, t in checkpoint.tensors.items()})
+    anew = mixes.packed_anew({name: kind_of(tensor.dtype) for name, tensor in checkpoint.tensors.items()}, kinds)
     began, held = time.perf_counter(), 0
 
     def parameter(name: str) -> Weight:
@@ -278,7 +275,7 @@ def _pack(checkpoint: Checkpoint, quant: str) -> tuple[DecoderWeights, tuple[str
         f"the weights were packed to {quant} on load: {time.perf_counter() - began:.1f} s, and {held / 1e6:.0f} MB of "
         f"memory for {checkpoint.nbytes / 1e6:.0f} MB stored; `puna convert --to gguf` does it once"
     )
-    return weights, (*notes_on(checkpoint, "auto"), *replaced, said)
+    return weights, (*notes_on(checkpoint, "auto"), *replaced, *anew, said)
 
 
 def notes_on(checkpoint: Checkpoint, dtype: str) -> list[str]:

@@ -150,7 +150,7 @@ def pull_meta(
         ) from error
     return Pulled(
         name=entry.short_name,
-        folder=folder,
+        path=folder,
         revision="",
         commit="",
         files=record.files,

@@ -93,6 +93,13 @@ def _wanted(mix: Mix, config: DecoderConfig, name: str, columns: int) -> str:
     return base
 
 
+def packed_anew(stored: Mapping[str, str], kinds: Mapping[str, str]) -> list[str]:
+    """The note that numbers packed already are packed again, by their types as stored and as chosen; or none."""
+    if all(stored[name] in ("F32", "F16", "BF16", kind) for name, kind in kinds.items()):
+        return []
+    return ["the source is packed already: packing its rounded numbers anew loses more than packing the original"]
+
+
 def _more_bits(layer: int, layers: int) -> bool:
     """The first and last eighth of the layers, and every third between."""
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2

@@ -2,8 +2,8 @@
 
 What it is: a hidden place beside the destination, which takes its name at the very end.
 What it is not: a lock: two writers of one destination at one moment are not kept apart.
-What is surprising: an interruption or a full disk removes the hidden place; a power cut or a killed process leaves it,
-and nothing called as the destination.
+What is surprising: an interruption or a full disk removes the hidden place; a power cut or SIGKILL leaves it, and
+nothing called as the destination.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ SPARE = 1 << 26
 
 
 @contextmanager
-def appearing(dest: Path, nbytes: int) -> Iterator[Path]:
+def appearing(dest: Path, nbytes: int, *, replace: bool = False) -> Iterator[Path]:
     """A path beside `dest` to write to, a file or a folder; it becomes `dest` when the block ends without an error.
 
-    `nbytes` is what its tensors take. Raises PunaError where the disk has no room, or fails while it is written; then
-    nothing is left at `dest`, nor are the folders above it that were made for it.
+    `nbytes` is what its tensors take. A file that is at `dest` already is an error, or is replaced where `replace` says
+    so. Raises PunaError where the disk has no room, or fails while it is written; then what is at `dest` is what was
+    there before, and the folders above it that were made for it are gone.
     """
     absent = [parent for parent in dest.parents if not parent.exists()]  # deepest first
     unfinished = dest.parent / f".{dest.name}.unfinished-{secrets.token_hex(4)}"
@@ -36,17 +37,17 @@ def appearing(dest: Path, nbytes: int) -> Iterator[Path]:
         needed, free = nbytes + SPARE, shutil.disk_usage(dest.parent).free
         if free < needed:
             raise PunaError(
-                f"{dest}: the conversion takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there.",
-                remedy="Make room, or name a folder on another disk with -o.",
+                f"{dest}: it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there.",
+                remedy="Make room, or name a place on another disk.",
             )
         yield unfinished
         if unfinished.is_dir():
             _sync_folder(unfinished)
         if dest.is_dir():
             dest.rmdir()
-        elif dest.exists():  # since it was looked for; a file would be replaced without a word
+        elif dest.exists() and not replace:  # since it was looked for; a file would be replaced without a word
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-        unfinished.rename(dest)
+        unfinished.replace(dest)
         _sync_folder(dest.parent)
     except OSError as error:
         raise PunaError(

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from puna.errors import ChatFormatError, TokenizerError
-from puna.text.chat import ChatFormat, Message, builtin_format, chat_format
+from puna.text.chat import ChatFormat, builtin_format, chat_format
 from puna.text.tokenizer import Tokenizer, load_tokenizer
+from puna.types import Message
 
 DAY = datetime(2024, 7, 26)
 

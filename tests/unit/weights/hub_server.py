@@ -38,7 +38,7 @@ class Request:
 
 @dataclass
 class Repository:
-    """Files by path; those ending in .safetensors, .pth, .bin or .model are LFS files. `commits` keeps older ones."""
+    """Files by path; those ending in .safetensors, .gguf, .pth, .bin or .model are LFS files. `commits` keeps older."""
 
     files: dict[str, bytes]
     commit: str = COMMIT
@@ -187,7 +187,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif rest[:1] == ["tree"]:
             files = repository.commits[rest[1]]
             folder = "/".join(rest[2:])
-            self._json(_tree(files, f"{folder}/" if folder else "") if hub.tree is None else hub.tree)
+            deep = "recursive=true" in urlsplit(self.path).query.lower()
+            self._json(_tree(files, f"{folder}/" if folder else "", deep) if hub.tree is None else hub.tree)
         else:
             self._send(404, b"{}", {})
 
@@ -257,11 +258,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _is_lfs(path: str) -> bool:
-    return path.endswith((".safetensors", ".pth", ".bin", ".model"))
+    return path.endswith((".safetensors", ".pth", ".bin", ".model", ".gguf"))
 
 
-def _tree(files: dict[str, bytes], folder: str) -> list[dict[str, Any]]:
-    """What `/tree` lists for one folder: its files, and its subfolders."""
+def _tree(files: dict[str, bytes], folder: str, deep: bool) -> list[dict[str, Any]]:
+    """What `/tree` lists for one folder: its files and its subfolders, and `deep` what is in these too."""
     items: list[dict[str, Any]] = []
     for path, content in files.items():
         if not path.startswith(folder):
@@ -271,7 +272,8 @@ def _tree(files: dict[str, bytes], folder: str) -> list[dict[str, Any]]:
             directory = folder + inside.split("/")[0]
             if not any(item["path"] == directory for item in items):
                 items.append({"type": "directory", "path": directory, "oid": "d" * 40, "size": 0})
-            continue
+            if not deep:
+                continue
         item = {"type": "file", "path": path, "size": len(content), "oid": git_sha1(content)}
         if _is_lfs(path):
             pointer = hashlib.sha256(content).hexdigest()

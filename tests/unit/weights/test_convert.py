@@ -47,8 +47,7 @@ def same_bits(one: Checkpoint, other: Checkpoint) -> bool:
 
 def our_logits(checkpoint: Checkpoint, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     weights = tree_map(lambda leaf: to_float32(leaf), load_weights(checkpoint)[0])
-    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-    result: np.ndarray[Any, Any] = decoder.logits(weights, decoder.forward(weights, checkpoint.config, ids, positions))
+    result: np.ndarray[Any, Any] = decoder.logits(weights, decoder.forward(weights, checkpoint.config, ids))
     return result
 
 

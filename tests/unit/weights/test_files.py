@@ -40,6 +40,23 @@ def test_nothing_outside_the_file_can_be_viewed(shape: tuple[int, ...], offset: 
         file.weight("fp32", shape, offset)
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads resident memory from Linux's /proc")
+def test_what_was_touched_is_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    path.write_bytes(bytes(16 << 20))
+    large = MappedFile(path)
+
+    def resident() -> int:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+        at = next(i for i, line in enumerate(lines) if line.endswith(str(path)))
+        return next(int(line.split()[1]) for line in lines[at:] if line.startswith("Rss:"))
+
+    assert resident() == 0
+    large.touch(4 << 20, 8 << 20)
+    assert 4 * 64 <= resident() <= 12 << 10  # in kB: a page each 64 KiB at least, and it may be a large one
+    large.touch(1 << 40, 1 << 41)  # beyond the end there is nothing to do
+
+
 def test_files_that_cannot_be_mapped(tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     for path, words in ((tmp_path / "empty", "is empty"), (tmp_path / "absent", "cannot be read"), (tmp_path, "read")):

@@ -7,8 +7,10 @@ What it is not: the arithmetic of packed types (`tests/unit/kernels/test_blocks.
 from __future__ import annotations
 
 import math
+import mmap
 import resource
 import struct
+import threading
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -27,14 +29,16 @@ from puna import LLM
 from puna.cli.show import describe
 from puna.errors import CheckpointError, ConfigError, PunaError, TokenizerError, UsageError
 from puna.kernels.blocks import TYPES
-from puna.kernels.layouts import Packed, to_float32
+from puna.kernels.layouts import Mapped, Packed, Panels, to_float32
 from puna.models import config_gguf, llama3
 from puna.models.rope import Llama3Scaling, Rope
+from puna.models.tree import leaves
 from puna.text.words import Words
 from puna.weights import gguf, gguf_model
+from puna.weights import load as load_module
 from puna.weights.checkpoint import open_checkpoint
 from puna.weights.convert import convert
-from puna.weights.files import MappedFile
+from puna.weights.files import MappedFile, mapping
 from puna.weights.load import load, load_weights
 
 
@@ -614,33 +618,73 @@ def test_a_folder_of_several_models(tmp_path: Path) -> None:
 # Loading.
 
 
-def test_a_packed_model_is_prepared_and_its_pages_are_given_back(
+def test_packed_matrices_stay_in_the_file_and_are_marked_where_memory_allows_regrouping(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from puna.kernels.encode import quantize
 
     built = gb.tiny("Q8_0", lambda values: quantize("Q8_0", values).tobytes())
     checkpoint = open_checkpoint(built.write(tmp_path / "a.gguf"))
-    together: list[Any] = []
-    alone: list[bool] = []
-    released: list[Any] = []
-    monkeypatch.setattr(
-        "puna.kernels.ops.prepare_mapped", lambda each: together.extend(each) or [w.data.copy() for w in each]
-    )
-    monkeypatch.setattr("puna.kernels.ops.prepare", lambda w, keep=False: alone.append(keep) or w)
-    monkeypatch.setattr("puna.weights.load.release", released.append)
     weights, notes = load_weights(checkpoint)
-    assert len(together) == len(released) == 15
-    assert alone == []
-    assert all(isinstance(weight, Packed) for weight in together + released)
+    matrices = [leaf for _, leaf in leaves(weights) if len(leaf.shape) == 2]
+    assert len(matrices) == 15
+    assert all(type(matrix) is Mapped and mapping(matrix) is not None for matrix in matrices)
     stored = checkpoint.tensors["layers.1.down.weight"].read()
-    np.testing.assert_array_equal(weights.layers[1].down.weight, stored.data)
+    np.testing.assert_array_equal(weights.layers[1].down.weight.data, stored.data)
+    assert weights.layers[1].down.weight.shape == stored.shape
     assert weights.norm.dtype == np.float32
     assert notes == ()
     monkeypatch.setattr("puna.weights.limits.available", lambda: 40_000)
     weights, notes = load_weights(checkpoint)
-    assert (len(together), alone) == (15, [True] * 15)
+    assert all(type(leaf) is Packed for _, leaf in leaves(weights) if len(leaf.shape) == 2)
     assert "used as they lie in the file" in notes[0]
+
+
+def test_a_type_without_a_kernel_of_its_own_is_regrouped_on_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("puna.kernels.cpu", reason="the C++ extension is not built here")
+    released: list[Any] = []
+    monkeypatch.setattr("puna.weights.load.release", released.append)
+    blocks = np.random.default_rng(0).integers(0, 256, (32, gb.DIM // 32, 17), np.uint8)
+    blocks[..., 0] = 127  # MXFP4: an exponent, here of 1, and 32 numbers of 4 bits
+    built = gb.tiny()
+    row = built.named("blk.1.attn_v.weight")
+    row.kind, row.data = TYPES["MXFP4"].ggml_id, blocks.tobytes()
+    weights, _ = load_weights(open_checkpoint(built.write(tmp_path / "a.gguf")))
+    value = weights.layers[1].v.weight
+    assert (type(value), value.kind) == (Panels, "I8")
+    assert [weight.kind for weight in released] == ["MXFP4"]
+
+
+def test_the_file_is_mapped_while_the_tokenizer_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from puna.kernels.encode import quantize
+
+    path = gb.tiny("Q8_0", lambda values: quantize("Q8_0", values).tobytes()).write(tmp_path / "a.gguf")
+    monkeypatch.setattr("puna.weights.load.TOUCHED", 100_000)
+    touched: list[tuple[int, int]] = []
+    all_of_it = threading.Event()
+    size = path.stat().st_size
+
+    def touch(_: MappedFile, begin: int, end: int) -> None:
+        touched.append((begin, end))
+        if end >= size:
+            all_of_it.set()
+
+    def slow(*_: object) -> Any:
+        assert all_of_it.wait(60)
+        return real(open_checkpoint(path), None)
+
+    real = load_module.tokenizer_of
+    monkeypatch.setattr("puna.weights.files.MappedFile.touch", touch)
+    monkeypatch.setattr("puna.weights.load.tokenizer_of", slow)
+    assert load(path).tokenizer.vocab_size == gb.VOCAB
+    assert touched == [(at, at + 100_000) for at in range(0, size, 100_000)]
+    touched.clear()
+    monkeypatch.setattr("puna.weights.limits.available", lambda: 40_000)  # the file is larger than memory
+    all_of_it.set()
+    load(path)
+    assert touched == []
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads resident memory from Linux's /proc")
@@ -650,19 +694,30 @@ def test_what_was_regrouped_leaves_few_pages_of_the_file(tmp_path: Path) -> None
     path = tmp_path / "mapped"
     path.write_bytes(b"head" + rows.tobytes())
     file = MappedFile(path)
-    weights = [
-        file.packed("Q8_0", (4005, 1024), 4),
-        file.packed("Q8_0", (3995, 1024), 4 + 4005 * 1088),
-    ]
-    cpu.prepare_mapped(weights)
+    stored = [file.packed("Q8_0", (4005, 1024), 4), file.packed("Q8_0", (3995, 1024), 4 + 4005 * 1088)]
+    weights = [Mapped(weight.kind, weight.shape, weight.data) for weight in stored]
+    regrouped = cpu.prepare_mapped(weights)
     lines = Path("/proc/self/smaps").read_text().splitlines()
     at = next(i for i, line in enumerate(lines) if line.endswith(str(path)))
     assert next(int(line.split()[1]) for line in lines[at:] if line.startswith("Rss:")) < 200  # of 8,500 kB
-    weights.insert(1, file.packed("IQ2_S", (16, 1024), 4))  # has no kernel of its own
-    for weight, got in zip(weights, cpu.prepare_mapped(weights), strict=True):
+    for weight, got in zip(weights, regrouped, strict=True):
         alone = cpu.prepare(weight)
         assert (got.kind, got.shape) == (alone.kind, alone.shape)
         np.testing.assert_array_equal(got.data, alone.data)
+    other = file.packed("IQ2_S", (16, 1024), 4)
+    with pytest.raises(TypeError, match="no kernel reads IQ2_S as it lies in a file"):
+        cpu.prepare_mapped([Mapped(other.kind, other.shape, other.data)])
+
+
+def test_only_mapped_files_are_given_back(tmp_path: Path) -> None:
+    cpu = pytest.importorskip("puna.kernels.cpu", reason="the C++ extension is not built here")
+    data = np.random.default_rng(0).integers(0, 256, (16, 34), dtype=np.uint8)
+    nowhere = mmap.mmap(-1, data.nbytes)
+    nowhere.write(data.tobytes())
+    for memory in (data, np.frombuffer(nowhere, np.uint8).reshape(16, 34)):
+        with pytest.raises(ValueError, match=r"Q8_0 \[16, 32\] is no view of a mapped file"):
+            cpu.prepare_mapped([Packed("Q8_0", (16, 32), memory)])
+        np.testing.assert_array_equal(memory, data)
 
 
 def test_a_packed_model_as_plain_numbers(tmp_path: Path) -> None:

@@ -24,10 +24,10 @@ from puna.errors import CheckpointError, PunaError, TokenizerError, UsageError
 from puna.kernels import ops
 from puna.kernels.layouts import Packed, to_float32
 from puna.models.tree import leaves
-from puna.text.chat import Message, builtin_format, chat_format
+from puna.text.chat import builtin_format, chat_format
 from puna.text.tokenizer import load_tokenizer
 from puna.text.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, vocabulary
-from puna.types import QUANTS, TYPES
+from puna.types import QUANTS, TYPES, Message
 from puna.weights import convert_gguf, gguf_metadata, gguf_write, mixes, names, whole
 from puna.weights.checkpoint import open_checkpoint
 from puna.weights.convert import convert
@@ -164,6 +164,9 @@ def test_a_gguf_kept_as_it_is(mix: str, tmp_path: Path) -> None:
     assert second.notes == ()
     again = convert(first, tmp_path / "third.gguf", to="gguf", dtype="Q4_0")
     assert any("packed already" in note for note in again.notes) == (mix != "F16")
+    for quant, twice in (("Q4_0", mix != "F16"), ("Q5_0", mix == "Q4_K_M")):  # Q5_0 is kept as it is
+        _, notes = load_weights(open_checkpoint(first), quant=quant)
+        assert any("packed already" in note for note in notes) == twice
     if mix == "F16":
         direct = convert(embedded_folder(), tmp_path / "direct.gguf", to="gguf", dtype="Q4_0")
         ours, theirs = numbers(GGUFReader(again.path)), numbers(GGUFReader(direct.path))

@@ -158,7 +158,7 @@ def test_shards_by_other_names(hub: FakeHub) -> None:
         hub.repositories[NAME] = Repository({**BESIDE, "model.safetensors.index.json": INDEX, **shards})
         assert shards.keys() < {file.path for file in pull(NAME).files}
     hub.repositories[NAME] = Repository({**BESIDE, "model.safetensors.index.json": INDEX})
-    with pytest.raises(HubError, match="no safetensors weights"):
+    with pytest.raises(HubError, match="no safetensors or GGUF weights"):
         pull(NAME)
 
 
@@ -177,8 +177,8 @@ def test_original_files_on_request(hub: FakeHub) -> None:
 @pytest.mark.parametrize(
     ("files", "original", "message"),
     [
-        ({"config.json": CONFIG, "pytorch_model.bin": b"p"}, False, "no safetensors weights; it has pytorch_model.bin"),
-        ({"config.json": CONFIG}, False, "no safetensors weights."),
+        ({"config.json": CONFIG, "pytorch_model.bin": b"p"}, False, "GGUF weights; it has pytorch_model.bin"),
+        ({"config.json": CONFIG}, False, "no safetensors or GGUF weights."),
         ({"model.safetensors": b"w"}, True, "none of Meta's original files"),
     ],
 )
@@ -522,7 +522,7 @@ def test_listed_path_outside_the_folder_is_not_fetched(hub: FakeHub) -> None:
         {"type": "file", "path": path, "size": 1, "oid": "a" * 40}
         for path in ("../config.json", "/etc/config.json", "x/../../model.safetensors", "..safetensors")
     ]
-    with pytest.raises(HubError, match="has no safetensors weights"):
+    with pytest.raises(HubError, match="has no safetensors or GGUF weights"):
         pull(NAME)
 
 

@@ -324,7 +324,7 @@ def test_a_header_that_was_not_padded_costs_no_copy_and_no_bit(hub_folder: Path,
         weights = decoder.build(config, lambda name, held=checkpoint: held.tensors[name].read())
         assert mapped(weights.embedding)
         ids = np.arange(9, dtype=np.int32)[None]
-        states.append(decoder.logits(weights, decoder.forward(weights, config, ids, ids)))
+        states.append(decoder.logits(weights, decoder.forward(weights, config, ids)))
     np.testing.assert_array_equal(states[0], states[1])
     convert(folder, tmp_path / "again", to="safetensors")
     again = open_checkpoint(tmp_path / "again").tensors
