@@ -1,7 +1,7 @@
 """`puna.LLM`: a model, its tokenizer and its chat format behind one small interface.
 
 What it is: the walk from a prompt to text on this machine: load, encode, step the engine, detokenize.
-What it is not: a server, or several requests at once.
+What it is not: a server, or a thread: an open stream is computed while somebody iterates over one.
 What is surprising: a model that has a chat format takes a string as a user's message; `raw=True` (or a model without
 one, such as `cria`) continues the text itself. Whether a model has one is `LLM.chat_format` being None or not.
 """
@@ -9,25 +9,67 @@ one, such as `cria`) continues the text itself. Whether a model has one is `LLM.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from numbers import Integral
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, cast
+from weakref import WeakValueDictionary
 
-from puna.engine.engine import Engine
+import numpy as np
+
+from puna.engine.engine import Engine, Progress
 from puna.engine.native_runner import host_runner
-from puna.engine.runner import Logits, Runner
-from puna.errors import ChatFormatError, DeviceError, UsageError
+from puna.engine.runner import Hidden, Logits, Runner
+from puna.engine.speculation import PromptLookup, Proposer
+from puna.errors import ChatFormatError, CheckpointError, DeviceError, PunaError, QueueFullError, UsageError
 from puna.kernels import ops
+from puna.kernels.layouts import mapping
 from puna.models.config import DecoderConfig
-from puna.types import KV_TYPES, Answer, FinishReason, Sampling, SamplingOptions, Timings
+from puna.models.tree import leaves
+from puna.plan import CacheBudget, cache_budget
+from puna.types import (
+    KV_TYPES,
+    SPECULATIONS,
+    Answer,
+    FinishReason,
+    Grammar,
+    Message,
+    Pooling,
+    Sampling,
+    SamplingOptions,
+    Score,
+    Timings,
+    TokenLogprob,
+)  # fmt: skip
+from puna.weights.adapter import read_adapter
 from puna.weights.embedded import EMBEDDED
 from puna.weights.find import find_model
+from puna.weights.limits import available
 
 if TYPE_CHECKING:
-    from puna.text.chat import ChatFormat, Message
+    from puna.engine.draft import DraftModel
+    from puna.engine.grammar import Grammars
+    from puna.text.chat import ChatFormat
     from puna.text.tokenizer import Tokenizer
+
+
+SEQUENCES = 16
+"""Answers of a full context that the cache has room for, where the memory has: several streams share it, and adapters
+take their memory from it."""
+
+
+class Restored(NamedTuple):
+    """What a saved session gave: its text, as token ids, and how many of them need not be computed again.
+
+    `note` says why that is less than what was saved; empty where it is not.
+    """
+
+    token_ids: tuple[int, ...]
+    tokens: int
+    note: str = ""
 
 
 class LLM:
@@ -35,8 +77,11 @@ class LLM:
 
     `model` is a path (file or folder), a hub id or short name that was pulled, or `cria`. `dtype` is `auto` (as
     stored), `fp32`, `bf16` or `fp16`; `quant` packs the weights on load (one of `types.QUANTS`, such as `Q4_K_M`);
-    `device` is `cpu` or a torch device such as `cuda`; `kernels` is one of `ops.KERNELS`; `kv_type` is one of
-    `types.KV_TYPES`. Raises UserError's children for a model that is not there, damaged, or not of this family.
+    `device` is `cpu` or a torch device such as `cuda`; `kernels` is one of `ops.KERNELS`; with `invariant` an answer's
+    bits depend on nothing but its own tokens (docs/concepts/engine.md says what that costs); `kv_type` is one of
+    `types.KV_TYPES`, and `kv_memory` gigabytes that the cache may take (without: see `puna.plan`).
+    `adapter` is the folder of a LoRA adapter for all requests that name none.
+    Raises UserError's children for a model that is not there, damaged, or not of this family.
     """
 
     def __init__(
@@ -47,8 +92,13 @@ class LLM:
         quant: str | None = None,
         device: str = "cpu",
         kernels: str = "auto",
+        invariant: bool = False,
         kv_type: str = KV_TYPES[0],
+        kv_memory: float | None = None,
         tokenizer: str | Path | None = None,
+        adapter: str | Path | None = None,
+        speculate: str = SPECULATIONS[0],
+        draft: str | Path | None = None,
     ) -> None:
         from puna.weights.load import load
 
@@ -56,12 +106,22 @@ class LLM:
             raise UsageError(
                 f"--kernels {kernels} is about the CPU, and --device is {device}.", remedy="Leave one of them out."
             )
+        if device != "cpu" and invariant:
+            raise UsageError(f"--invariant is for the CPU, and --device is {device}.", remedy="Leave one of them out.")
         if device != "cpu" and quant is not None:
             raise UsageError(
                 f"--quant {quant} is for the CPU, and --device is {device}.", remedy="Leave one of them out."
             )
-        self.kernels_asked = kernels
-        ops.select(kernels)
+        if kv_memory is not None and not 0 < kv_memory <= 1e9:
+            raise UsageError(f"--kv-memory must be gigabytes, more than 0, not {kv_memory!r}.", remedy="Leave it out.")
+        if speculate not in SPECULATIONS:
+            raise UsageError(f"--speculate {speculate}: no such way.", remedy=f"One of: {', '.join(SPECULATIONS)}.")
+        if draft is not None and speculate != SPECULATIONS[0]:
+            raise UsageError(
+                f"--speculate {speculate} and --draft exclude each other.", remedy="Leave one of them out."
+            )
+        self._table = kernels, invariant
+        self.settle()
         self.name = str(model)
         self.path = find_model(self.name)
         loaded = load(
@@ -79,15 +139,68 @@ class LLM:
         """Every token that ends an answer: the tokenizer's, and those the model's own config names."""
         self.device = device
         runner: Runner
+        free, to_come = available(), sum(leaf.nbytes for _, leaf in leaves(loaded.weights) if mapping(leaf) is not None)
         if device == "cpu":
             runner = host_runner(loaded.config, loaded.weights, kv_type)
             self.kernels = ops.summary()
         else:
-            runner = torch_engine(device).TorchRunner(loaded.config, loaded.weights, device, kv_type)
+            on_device = torch_engine(device).TorchRunner(loaded.config, loaded.weights, device, kv_type)
+            runner, room = on_device, on_device.free_memory()
+            if room is not None:
+                free, to_come = room, 0
             self.kernels = f"torch {device}"
         self.kv_type = runner.kv_type
+        self.cache: CacheBudget = cache_budget(
+            page=runner.page,
+            page_bytes=runner.page_bytes,
+            context=loaded.config.context_length,
+            sequences=SEQUENCES,
+            available=free,
+            to_come=to_come,
+            asked=None if kv_memory is None else int(kv_memory * 1e9),
+        )
+        """The memory of the cache that all answers share."""
+        if self.cache.tokens < loaded.config.context_length:
+            self.notes = (
+                *self.notes,
+                f"the cache has room for {self.cache.tokens} tokens of the model's context of "
+                f"{loaded.config.context_length}: {self.cache.why}",
+            )
+        self._checkpoint = loaded.checkpoint
+        self._loaded_as = (dtype, quant or "")
         self._runner = runner
-        self._engine = Engine(runner)
+        guess: Callable[[], Proposer] | None = PromptLookup if speculate == "lookup" else None
+        if draft is not None:
+            guess = self._draft_model(str(draft), kv_type)
+        self._engine = Engine(runner, pages=self.cache.pages, speculate=guess)
+        self._engine_taken = False
+        # Weak: a stream that nobody holds any more is not computed to its end.
+        self._streams: WeakValueDictionary[int, Stream | _Job] = WeakValueDictionary()
+        self.adapter: str | None = None
+        """The name of the one that requests use which name none."""
+        if adapter is not None:
+            self.adapter = self.load_adapter(adapter)
+
+    def _draft_model(self, name: str, kv_type: str) -> DraftModel:
+        """What guesses for this model. Raises what loading does, and UsageError for a model of another vocabulary."""
+        from puna.engine.draft import DraftModel
+        from puna.text.token_table import token_table
+        from puna.weights.load import load
+
+        small = load(find_model(name), packed=self.device == "cpu")
+        if small.config.vocab_size != self.config.vocab_size or token_table(small.tokenizer) != token_table(
+            self.tokenizer
+        ):
+            raise UsageError(
+                f"--draft {name}: its tokens are not those of {self.name}.",
+                remedy="A draft model has the same tokenizer: name a smaller model of the same family.",
+            )
+        runner: Runner
+        if self.device == "cpu":
+            runner = host_runner(small.config, small.weights, kv_type)
+        else:
+            runner = torch_engine(self.device).TorchRunner(small.config, small.weights, self.device, kv_type)
+        return DraftModel(Engine(runner, pages=min(self.cache.pages, -(-small.config.context_length // runner.page))))
 
     def encode(self, prompt: str | Sequence[Message], *, system: str | None = None, raw: bool = False) -> list[int]:
         """The token ids that `stream` starts from: BOS and the text, or the chat rendered by the model's own format.
@@ -99,8 +212,6 @@ class LLM:
                 why = "raw text has no roles" if raw else f"{self.name} has no chat format, so no system message"
                 raise UsageError(f"A system message cannot be honoured: {why}.", remedy="Put it into the prompt.")
             return self.tokenizer.encode(prompt, bos=self.tokenizer.adds_bos)
-        from puna.text.chat import Message
-
         if raw:
             raise UsageError("raw takes a text, not messages.", remedy="Leave raw out to use the model's chat format.")
         if self.chat_format is None:
@@ -112,11 +223,74 @@ class LLM:
         messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
         if not all(isinstance(message, Message) for message in messages):
             raise UsageError(
-                "A conversation is a list of messages.", remedy='Make each a puna.text.chat.Message("user", "...").'
+                "A conversation is a list of messages.", remedy='Make each a puna.types.Message("user", "...").'
             )
         if system is not None:
             messages = [Message("system", system), *messages]
         return self.chat_format.encode(messages, self.tokenizer)
+
+    def prompt_ids(
+        self, prompt: str | Sequence[Message] | Sequence[int], *, system: str | None = None, raw: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """The ids of a prompt, and those that the answer's text continues; what is an id already stays as it is.
+
+        Raises what `encode` does, and UsageError for a system message beside ids.
+        """
+        ids = _token_ids(prompt)
+        if ids is None:
+            ids = self.encode(cast("str | Sequence[Message]", prompt), system=system, raw=raw)
+            # An answer in a chat is a text of its own; elsewhere it goes on where the prompt ends, spaces and all.
+            return ids, ids if raw or self.chat_format is None else []
+        if system is not None:
+            raise UsageError("A system message cannot be added to token ids.", remedy="Give messages, or a text.")
+        return ids, ids
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """The grammars of this model's vocabulary; made when the first is asked for."""
+        from puna.engine.grammar import Grammars
+        from puna.text.token_table import encode_after, token_table
+
+        encode = partial(encode_after, self.tokenizer)
+        return Grammars(token_table(self.tokenizer), self.stop_ids, self.config.vocab_size, encode=encode)
+
+    def settle(self) -> None:
+        """Have the process compute with the kernels that this model was loaded for: that choice is the process's."""
+        ops.select(*self._table)
+
+    def take_engine(self) -> Engine:
+        """The engine, for another owner, such as a thread: this object computes no more.
+
+        Raises UsageError if it has one, or a stream is open.
+        """
+        if self._engine_taken:
+            raise UsageError("The engine of this model has an owner already.", remedy="Load the model once more.")
+        if any(isinstance(stream, Stream) and stream.open for stream in self._streams.values()):
+            raise UsageError("A stream of this model is open.", remedy="Iterate over it to its end, or close() it.")
+        self._engine.cancel_all()  # streams that were dropped
+        self._engine_taken = True
+        return self._engine
+
+    def load_adapter(self, folder: str | Path, name: str | None = None) -> str:
+        """Have requests name a LoRA adapter that PEFT saved; returns its name, the folder's unless `name` is given.
+
+        While it is loaded its memory is taken from the KV cache's. Raises CheckpointError and ConfigError for one that
+        is damaged or of another model, AdapterError for a name that is taken and where the cache has no room for it.
+        """
+        self._own_engine()
+        adapter = read_adapter(Path(folder), self.config)
+        name = name or Path(folder).absolute().name
+        self._engine.load_adapter(name, adapter.pairs, adapter.nbytes)
+        if adapter.unknown:
+            self.notes += (f"the config of adapter {name} has keys Puna does not know: {', '.join(adapter.unknown)}",)
+        return name
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises AdapterError for an unknown one, and while an open stream uses it."""
+        self._own_engine()
+        self._engine.unload_adapter(name)
+        if name == self.adapter:
+            self.adapter = None
 
     def stream(
         self,
@@ -124,25 +298,31 @@ class LLM:
         *,
         system: str | None = None,
         raw: bool = False,
+        grammar: Grammar | None = None,
+        adapter: str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Stream:
         """The answer piece by piece: iterate over it for text; afterwards `.answer` has the whole and its figures.
 
-        `prompt` is a text, a list of messages, or token ids taken as they are. Options are `Sampling`'s fields.
-        One answer at a time: a new stream ends the one before.
-        Raises ContextError, ChatFormatError or UsageError before anything is computed.
+        `prompt` is a text, a list of messages, or token ids taken as they are. `grammar` is the form that the answer
+        must have, `adapter` the name of one that is loaded. Options are `Sampling`'s fields. Several may be open at
+        once, and are computed together.
+        Raises ContextError, ChatFormatError, GrammarError, AdapterError or UsageError before anything is computed.
         """
+        engine = self._own_engine()
         sampling = Sampling(**options)
-        ids = _token_ids(prompt)
-        as_ids = ids is not None
-        if ids is None:
-            ids = self.encode(prompt, system=system, raw=raw)  # type: ignore[arg-type]
-        elif system is not None:
-            raise UsageError("A system message cannot be added to token ids.", remedy="Give messages, or a text.")
-        # An answer in a chat is a text of its own; elsewhere it goes on where the prompt ends, spaces and all.
-        follows = ids if as_ids or raw or self.chat_format is None else []
-        request = self._engine.submit(ids, sampling, self.stop_ids)
-        return Stream(self, self._engine, request, ids, follows, sampling)
+        for name in ("n", "best_of", "logprobs", "prompt_logprobs"):
+            if getattr(sampling, name) != getattr(Sampling, name):
+                raise UsageError(
+                    f"{name} cannot be honoured here: a stream is the text of one answer.", remedy="Leave it out."
+                )
+        ids, follows = self.prompt_ids(prompt, system=system, raw=raw)
+        constraint = None if grammar is None else self.grammars.compile(grammar).result()
+        request = engine.submit(
+            ids, sampling, stop_ids=self.stop_ids, constraint=constraint, adapter=adapter or self.adapter
+        )
+        stream = self._streams[request] = Stream(self, request, ids, follows, sampling)
+        return stream
 
     def generate(
         self,
@@ -150,36 +330,217 @@ class LLM:
         *,
         system: str | None = None,
         raw: bool = False,
+        grammar: Grammar | None = None,
+        adapter: str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Answer:
         """The whole answer at once; arguments and errors as `stream`."""
-        stream = self.stream(prompt, system=system, raw=raw, **options)
+        stream = self.stream(prompt, system=system, raw=raw, grammar=grammar, adapter=adapter, **options)
         for _ in stream:
             pass
         return stream.answer
 
+    def score(
+        self,
+        prompt: str | Sequence[int],
+        continuations: Sequence[str | Sequence[int]],
+        *,
+        raw: bool = True,
+        adapter: str | None = None,
+    ) -> list[Score]:
+        """How likely the model finds each continuation (a text, or ids) after a prompt, which is computed once.
+
+        A text is cut into tokens as what goes on after the prompt, on its own. Raises ContextError, AdapterError, and
+        UsageError for a continuation that has no tokens.
+        """
+        from puna.text.token_table import encode_after
+
+        self._own_engine()
+        ids, _ = self.prompt_ids(prompt, raw=raw)
+        given = [
+            encode_after(self.tokenizer, each) if isinstance(each, str) else _token_ids(each) or []
+            for each in continuations
+        ]
+        name = adapter or self.adapter
+        [job] = self._finish([lambda: self._engine.submit_score(ids, given, adapter=name)], len(given))
+        scores = []
+        for choice in range(len(given)):
+            draws = [draw for each in job.seen if each.choice == choice for draw in each.logprobs or ()]
+            tokens = tuple(TokenLogprob(each.token, cast("float", each.logprob), each.top) for each in draws)
+            greedy = all(each.token == each.top[0][0] for each in tokens)
+            scores.append(Score(sum(each.logprob for each in tokens), greedy, tokens))
+        return scores
+
+    def embed(
+        self,
+        texts: Sequence[str | Sequence[int]],
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        raw: bool = True,
+        adapter: str | None = None,
+    ) -> Hidden:
+        """A vector for each text (or ids), computed together: float32 [N, dim], each of length 1 if `normalize`.
+
+        It is pooled from the hidden states after the last norm: their mean, the last token's, or (cls) the first one's.
+        Raises ContextError, AdapterError, and UsageError for a text without tokens and an unknown pooling.
+        """
+        self._own_engine()
+        if isinstance(texts, str):
+            raise UsageError("embed takes a list of texts.", remedy="Put the text into a list.")
+        prompts = [self.prompt_ids(text, raw=raw)[0] for text in texts]
+        name = adapter or self.adapter
+        jobs = self._finish(partial(self._engine.submit_embedding, prompt, pooling, adapter=name) for prompt in prompts)
+        vectors: Hidden = np.array([job.seen[-1].embedding for job in jobs], np.float32).reshape(-1, self.config.dim)
+        if normalize:
+            for vector in vectors:  # one at a time: NumPy adds a row of many in another order
+                vector /= np.linalg.norm(vector) or 1
+        return vectors
+
     def logits(self, prompt: str | Sequence[int], *, raw: bool = True) -> Logits:
         """Logits after every token of a text (or of ids): float32 [T, V]. Raises ContextError when it is too long."""
+        self._own_engine()
         ids = _token_ids(prompt)
         if ids is None:
-            ids = self.encode(prompt, raw=raw)  # type: ignore[arg-type]
+            ids = self.encode(cast("str", prompt), raw=raw)
         self._engine.check_prompt(ids, answer=0)
-        ops.select(self.kernels_asked)
+        self.settle()
         return self._runner.all_logits(ids)
+
+    def save_session(self, path: str | Path, prompt: str | Sequence[Message] | Sequence[int]) -> int:
+        """Save what was computed for a prompt, to be loaded by `load_session` after a restart; returns its tokens.
+
+        It is what is in the cache: the prompt of an answer, and the answer where `prompt` has it too, in whole pages of
+        `engine.runner.PAGE` tokens. The file takes the memory that they take; an older session there is replaced.
+        Raises UsageError where another file is there, PunaError where the disk has no room.
+        """
+        from puna.weights.session_file import write_session
+
+        engine, runner = self._own_engine(), self._runner
+        if self.adapter is not None:
+            raise UsageError(
+                "A session computed with an adapter is not saved.",
+                remedy="Merge the adapter into the model, or leave it.",
+            )
+        ids, _ = self.prompt_ids(prompt)
+        count, pages = engine.kept(ids)
+        write_session(
+            Path(path), self._identity, ids, pages, count=count, page=runner.page, page_bytes=runner.page_bytes
+        )
+        return count * runner.page
+
+    def load_session(self, path: str | Path) -> Restored:
+        """Put what `save_session` saved back into the cache: a prompt that begins with its text is not computed again.
+
+        A file that is damaged is used as far as it is good; one of another model, or that is no session, not at all.
+        Raises CheckpointError where there is no such file or it cannot be read.
+        """
+        from puna.weights.session_file import open_session
+
+        engine, path = self._own_engine(), Path(path)
+        if self.adapter is not None:
+            raise UsageError("A session is not loaded beside an adapter.", remedy="Leave one of them out.")
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file.", remedy="Name a session that was saved.")
+        try:
+            saved = open_session(path, self.config.vocab_size)
+        except CheckpointError as error:
+            return Restored((), 0, f"{error.message} Nothing of it is used")
+        runner = self._runner
+        mine = {**self._identity, "page": runner.page, "page_bytes": runner.page_bytes}
+        its = {**saved.identity, "page": saved.page, "page_bytes": saved.page_bytes}
+        if others := [name for name in mine | its if mine.get(name) != its.get(name)]:
+            return Restored((), 0, f"{path}: it was saved with another {', '.join(others)}. Nothing of it is used")
+        tokens = engine.restore(saved.tokens, saved.pages())
+        short = saved.page_count * saved.page - tokens
+        why = "the file is damaged or cut short, or the cache has no more room"
+        return Restored(saved.tokens, tokens, f"{path}: {short} tokens are computed again: {why}" if short else "")
+
+    @cached_property
+    def _identity(self) -> dict[str, str]:
+        """Whose keys and values these are: what else computes them differs in their last bits at least."""
+        from puna.weights.session_file import model_identity
+
+        kernels = f"{self.kernels} {ops.machine()}{' invariant' if self._table[1] else ''}"
+        return {
+            "model": model_identity(self._checkpoint, *self._loaded_as),
+            "kernels": kernels,
+            "kv_type": self.kv_type,
+        }
+
+    def _own_engine(self) -> Engine:
+        if self._engine_taken:
+            raise UsageError(
+                "Another owner has this model's engine.", remedy="Ask that owner, or load the model again."
+            )
+        return self._engine
+
+    def _finish(self, submits: Iterable[Callable[[], int]], choices: int = 1) -> list[_Job]:
+        """Submit requests, as many at once as the engine takes, and step until all are over. Raises what ended one."""
+        jobs: list[_Job] = []
+        try:
+            for submit in submits:
+                while True:
+                    try:
+                        job = _Job(submit(), choices)
+                        break
+                    except QueueFullError:
+                        self._step()
+                self._streams[job.request] = job
+                jobs.append(job)
+            for job in jobs:
+                while not job.over:
+                    self._step()
+                if job.error is not None:
+                    raise job.error
+        finally:
+            for job in jobs:
+                self._engine.cancel(job.request)
+        return jobs
+
+    def _step(self) -> None:
+        """Step the engine, and hand each open stream what was made for it."""
+        self.settle()  # another LLM may have made its own choice since
+        for progress in self._engine.step():
+            stream = self._streams.get(progress.request)
+            if stream is None:
+                self._engine.cancel(progress.request)
+            else:
+                stream._arrive(progress)
+
+
+class _Job:
+    """A request that gives no text: all that was said of it."""
+
+    def __init__(self, request: int, choices: int) -> None:
+        self.request = request
+        self.seen: list[Progress] = []
+        self.error: PunaError | None = None
+        self._left = choices
+
+    @property
+    def over(self) -> bool:
+        """Whether every choice has come to its end."""
+        return not self._left
+
+    def _arrive(self, progress: Progress) -> None:
+        self.seen.append(progress)
+        self.error = self.error or progress.error
+        self._left -= progress.finish is not None or progress.error is not None
 
 
 class Stream:
     """One answer under way. Iterating gives text as soon as it is certain; closing it early cancels the request."""
 
-    def __init__(
-        self, llm: LLM, engine: Engine, request: int, prompt: list[int], follows: list[int], sampling: Sampling
-    ) -> None:
+    def __init__(self, llm: LLM, request: int, prompt: list[int], follows: list[int], sampling: Sampling) -> None:
         """`follows`: the ids that the answer's text continues; none where it is a text of its own."""
-        from puna.text.detokenizer import Detokenizer, StopStrings
+        from puna.text.answer import AnswerText
 
-        self._llm, self._engine, self._request, self._prompt = llm, engine, request, prompt
-        self._detokenizer = Detokenizer(llm.tokenizer, follows)
-        self._stops = StopStrings(sampling.stop)
+        self._llm, self._request = llm, request
+        self.prompt_ids = prompt
+        """What the answer follows."""
+        self._arrived: deque[Progress] = deque()
+        self._pieces = AnswerText(llm.tokenizer, follows, sampling.stop)
         self._ids: list[int] = []
         self._text: list[str] = []
         self._began = time.perf_counter()
@@ -189,14 +550,17 @@ class Stream:
         self.prefilled = 0
         """How many of the prompt's tokens are in the cache so far."""
 
+    def _arrive(self, progress: Progress) -> None:
+        self._arrived.append(progress)
+
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
         while self._answer is None:
-            if self._engine.active != self._request:  # a newer request took the engine
-                self.close()
-            elif piece := self._advance():
+            while not self._arrived:
+                self._llm._step()
+            if piece := self._take(self._arrived.popleft()):
                 return piece
         raise StopIteration
 
@@ -204,8 +568,13 @@ class Stream:
         """Stop here: the answer is what was made so far, finish reason "cancelled". After the end it does nothing."""
         if self._answer is None:
             # What was held back (half a character, the start of a stop string) belongs to what was made.
-            self._text.append(self._held_back())
+            self._text.append(self._pieces.finish())
             self._end("cancelled")
+
+    @property
+    def open(self) -> bool:
+        """Whether more may come."""
+        return self._answer is None
 
     @property
     def answer(self) -> Answer:
@@ -214,45 +583,40 @@ class Stream:
             raise UsageError("The answer is not finished.", remedy="Iterate over the stream to its end, or close() it.")
         return self._answer
 
-    def _advance(self) -> str:
-        """One step of the engine; the text it makes certain, often none."""
-        ops.select(self._llm.kernels_asked)  # another LLM may have made its own choice since
-        progress = self._engine.step()
+    def _take(self, progress: Progress) -> str:
+        """What a step made; the text that becomes certain by it, often none. Raises what ended the request."""
         self.prefilled, self._reused = progress.prefilled, progress.reused
-        if progress.token is None and progress.finish is None:
+        if progress.error is not None:
+            self.close()
+            raise progress.error
+        if not progress.tokens and progress.finish is None:
             return ""
         self._first = self._first or time.perf_counter()
-        piece = ""
-        if progress.token is not None:
-            self._ids.append(progress.token)
-            piece = self._stops.push(self._detokenizer.push(progress.token))
-        if progress.finish is not None:
-            piece += self._held_back()
+        piece, used = self._pieces.push(progress.tokens)
+        self._ids += progress.tokens[:used]
+        finish = "stop" if self._pieces.stopped else progress.finish
+        if finish is not None:
+            piece += self._pieces.finish()
         self._text.append(piece)
-        if self._stops.hit is not None:
-            self._end("stop")
-        elif progress.finish is not None:
-            self._end(progress.finish)
+        if finish is not None:
+            self._end(finish)
         return piece
 
-    def _held_back(self) -> str:
-        return self._stops.push(self._detokenizer.flush()) + self._stops.flush()
-
     def _end(self, reason: FinishReason) -> None:
-        self._engine.cancel(self._request)
+        self._llm._engine.cancel(self._request)
         now = time.perf_counter()
         prefill, decode = (self._first or now) - self._began, now - (self._first or now)
         made = len(self._ids)
         self._answer = Answer(
             text="".join(self._text),
             token_ids=tuple(self._ids),
-            prompt_tokens=len(self._prompt),
+            prompt_tokens=len(self.prompt_ids),
             completion_tokens=made,
             finish_reason=reason,
             timings=Timings(
                 prefill,
                 decode,
-                (len(self._prompt) - self._reused) / prefill if prefill > 0 else 0.0,
+                (len(self.prompt_ids) - self._reused) / prefill if prefill > 0 else 0.0,
                 (made - 1) / decode if decode > 0 and made > 1 else 0.0,
             ),
             model=self._llm.name,
@@ -272,7 +636,7 @@ def _token_ids(prompt: object) -> list[int] | None:
     if any(item is None or isinstance(item, str | bytes | float) for item in items):
         raise UsageError(
             f"A prompt is a text, a list of messages, or a list of token ids, not {prompt!r:.80}.",
-            remedy='Give a str, [puna.text.chat.Message("user", "...")], or whole numbers.',
+            remedy='Give a str, [puna.types.Message("user", "...")], or whole numbers.',
         )
     return None
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from puna.errors import UsageError
-from puna.types import DTYPES, KERNELS, KV_TYPES, QUANTS, TYPES, Sampling
+from puna.types import DTYPES, KERNELS, KV_TYPES, QUANTS, SPECULATIONS, TYPES, Sampling
 
 ENVIRONMENT = {
     "PUNA_HOME": "the folder where Puna keeps its state: what was pulled, and the lines typed in chats "
@@ -108,8 +108,9 @@ class RunSettings(Settings):
     where it is left out and stdin is not a terminal (one line end at its end is dropped, as the shell does). Without
     a prompt, at a terminal, a chat begins. A model without a chat format (a base model, or cria) continues the text.
 
-    MODEL is cria (the model inside the package, and the default), a file or folder, a hub id (org/name) or a short name
-    (llama3.2:1b) that was pulled. A single argument that is `-`, or has spaces and is no path, is taken as PROMPT.
+    MODEL is cria (the model inside the package, and the default), a file or folder, or a short name (llama3.2:1b) or
+    hub id (org/name, or org/name:Q4_K_M for a GGUF of it) that was pulled. A single argument that is `-`, or has spaces
+    and is no path, is taken as PROMPT.
 
     A prompt that does not fit the model's context is an error. An answer that ends because of --max-tokens or because
     the context is full says so on stderr.
@@ -125,36 +126,88 @@ class RunSettings(Settings):
     top_p: float = _option("draw from the likeliest tokens that make up this share", Sampling.top_p, "X")
     top_k: int = _option("draw from this many of the likeliest tokens; 0 is off", Sampling.top_k, "N")
     min_p: float = _option("drop tokens less likely than this share of the likeliest", Sampling.min_p, "X")
+    typical_p: float = _option(
+        "draw from the tokens whose surprise is nearest to the expected one, up to this share", Sampling.typical_p, "X"
+    )
+    top_n_sigma: float = _option(
+        "drop logits this many standard deviations below the largest; 0 is off", Sampling.top_n_sigma, "X"
+    )
+    xtc_probability: float = _option(
+        "how often the likeliest tokens are left out, so that a less likely one comes", Sampling.xtc_probability, "X"
+    )
+    xtc_threshold: float = _option(
+        "left out then: all that are as likely as this, but the least likely of them", Sampling.xtc_threshold, "X"
+    )
+    mirostat_tau: float = _option(
+        "keep each token's surprise near this many bits, in place of the filters above; 0 is off",
+        Sampling.mirostat_tau,
+        "X",
+    )
+    mirostat_eta: float = _option("how fast mirostat adapts", Sampling.mirostat_eta, "X")
+    repetition_penalty: float = _option(
+        "divide the logits of tokens seen in prompt or answer; 1 is off", Sampling.repetition_penalty, "X"
+    )
+    presence_penalty: float = _option(
+        "taken off the logits of tokens that are in the answer", Sampling.presence_penalty, "X"
+    )
+    frequency_penalty: float = _option("the same for each time that they are", Sampling.frequency_penalty, "X")
+    penalty_range: int = _option("what penalties see of the last tokens; 0: all", Sampling.penalty_range, "N")
+    dry_multiplier: float = _option(
+        "DRY: the penalty for going on a repeat that is just long enough; 0 is off", Sampling.dry_multiplier, "X"
+    )
+    dry_base: float = _option("DRY: it grows by this factor with each token more", Sampling.dry_base, "X")
+    dry_allowed_length: int = _option("DRY: the shortest repeat that counts", Sampling.dry_allowed_length, "N")
+    dry_range: int = _option("DRY: what it sees of the last tokens; 0: all", Sampling.dry_range, "N")
+    min_tokens: int = _option("tokens to make before the model may stop", Sampling.min_tokens, "N")
     seed: int | None = _option("repeat a run exactly (default: drawn; --json reports it)", Sampling.seed, "N")
     stop: tuple[str, ...] = _option("end the answer before this text; may be repeated", Sampling.stop, "TEXT")
     dtype: str = _option("compute with the weights as stored, or convert them", DTYPES[0], choices=DTYPES)
     quant: str | None = _option("pack the weights on load, as a GGUF file of this type is", None, choices=QUANTS)
     device: str = _option("cpu, or a torch device such as cuda", "cpu", "DEVICE")
     tokenizer: Path | None = _option("the tokenizer's file (default: beside the weights)", None, "FILE")  # noqa: RUF009
+    adapter: Path | None = _option("a LoRA adapter of the model, as PEFT saves it", None, "FOLDER")  # noqa: RUF009
     kernels: str = _option("what computes on the CPU", KERNELS[0], choices=KERNELS)
+    speculate: str = _option(
+        "guess tokens from what the text said before, where that pays", SPECULATIONS[0], choices=SPECULATIONS
+    )
+    draft: str | None = _option("a smaller model of the same tokens that guesses, where that pays", None, "MODEL")
+    invariant: bool = _option("compute each answer's bits alike, whatever runs beside it or is in the cache", False)
     kv_type: str = _option(
         "how the cache keeps keys and values (auto: fp32 for an fp32 model, else fp16)", KV_TYPES[0], choices=KV_TYPES
     )
+    kv_memory: float | None = _option(
+        "gigabytes the cache may take (default: what the model's context takes, at most half of what is available)",
+        None,
+        "GB",
+    )
     raw: bool = _option("apply no chat format: continue the prompt as it is", False)
+    session: Path | None = _option(  # noqa: RUF009
+        "go on with the chat in FILE and keep it there; what was computed for it stays in FILE.cache", None, "FILE"
+    )
     verbose: bool = _option("show counts and speeds after the answer", False)
 
     def sampling(self) -> Sampling:
         """The sampling these flags ask for. Raises UsageError for a value out of range."""
-        return Sampling(**{each.name: getattr(self, each.name) for each in fields(Sampling)})
+        return Sampling(**{name: getattr(self, name) for name in SAMPLING_FLAGS})
+
+
+SAMPLING_FLAGS = tuple(each.name for each in fields(RunSettings) if each.name in Sampling.__dataclass_fields__)
+"""The fields of `Sampling` that are flags. The others name tokens, or ask for more than one text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PullSettings(Settings):
     """Fetch a model onto this machine.
 
-    NAME is a short name (`puna models` lists them) or a hub id. A pull that was cut short continues where it stopped.
-    HF_TOKEN, HF_ENDPOINT and the hub's other variables are honoured. With --meta-url the model comes from Meta by the
-    signed link of their mail, in Meta's own layout.
+    NAME is a short name (`puna models` lists them) or a hub id: org/name, or one with a GGUF of it by its type or
+    its file (org/name:Q4_K_M, org/name:FILE.gguf). A pull that was cut short continues where it stopped. HF_TOKEN,
+    HF_ENDPOINT and the hub's other variables are honoured. With --meta-url the model comes from Meta by the signed link
+    of their mail, in Meta's own layout.
     """
 
     command: ClassVar[str] = "pull"
 
-    name: str = _argument("a short name or a hub id", "NAME", required=True)
+    name: str = _argument("a short name or a hub id, org/name or org/name:Q4_K_M", "NAME", required=True)
     revision: str | None = _option("a branch, tag or commit (default: the main branch)", None, "REV")
     original: bool = _option("Meta's own files (consolidated.NN.pth) in place of safetensors", False)
     meta_url: str | None = _option(

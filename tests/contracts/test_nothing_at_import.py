@@ -23,6 +23,7 @@ HEAVY = (
 LATE = (
     "puna.kernels.torch_ops", "puna.kernels.triton", "puna.engine.torch_runner", "puna.train",  # torch's
     "puna.text.template",  # jinja2's
+    "puna.gateway.local",  # asyncio's
 )  # fmt: skip
 """Modules made of a heavy library, imported inside functions when their turn comes. They are not imported here, so that
 a module which imports one of them outside a function is found."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from puna import LLM
-from puna.errors import ChatFormatError, ContextError, DeviceError, UsageError
+from puna.errors import AdapterError, ChatFormatError, ContextError, DeviceError, UsageError
 from puna.kernels import ops
-from puna.text.chat import ChatFormat, Message
+from puna.text.chat import ChatFormat
+from puna.types import Message
 
 PROMPT = "Once upon a time"
 
@@ -63,15 +65,21 @@ def test_closing_before_the_first_piece(llm: LLM) -> None:
     assert list(stream) == []
 
 
-def test_an_older_stream_ends_when_a_newer_begins_and_harms_nothing(llm: LLM) -> None:
-    expected = llm.generate("The dog", temperature=0, max_tokens=20).text
-    old = llm.stream(PROMPT, temperature=0, max_tokens=60)
-    next(old)
+def test_streams_run_beside_each_other(llm: LLM) -> None:
+    first = llm.generate(PROMPT, temperature=0, max_tokens=30).text
+    second = llm.generate("The dog", temperature=0, max_tokens=20).text
+    old = llm.stream(PROMPT, temperature=0, max_tokens=30)
+    begun = next(old)
     new = llm.stream("The dog", temperature=0, max_tokens=20)
-    begun = next(new)
-    assert list(old) == []
-    assert old.answer.finish_reason == "cancelled"
-    assert begun + "".join(new) == expected
+    assert next(new) + "".join(new) == second
+    assert begun + "".join(old) == first
+    assert old.answer.finish_reason == "length"
+
+
+def test_a_stream_that_nobody_holds_is_not_computed(llm: LLM) -> None:
+    next(llm.stream(PROMPT, temperature=0, max_tokens=60))
+    llm.generate("The dog", temperature=0, max_tokens=3)
+    assert llm._engine.idle
 
 
 def test_the_answer_is_not_there_before_the_end(llm: LLM) -> None:
@@ -193,6 +201,8 @@ def test_what_is_no_prompt_is_refused_before_anything_runs(llm: LLM, prompt: obj
         *(("seed", value) for value in (1.5, "a", -1)),
         *(("stop", value) for value in ("END", None, (1,), ("",))),
         *((name, "x") for name in ("top_p", "min_p")),
+        *(("n", 2), ("best_of", 3), ("logprobs", 0), ("prompt_logprobs", 1)),  # a stream is one text
+        ("banned_tokens", (10**9,)),
     ],
 )
 def test_an_option_of_the_wrong_kind_is_refused_by_name(llm: LLM, field: str, value: object) -> None:
@@ -205,3 +215,92 @@ def test_kernels_chosen_elsewhere_do_not_stay(llm: LLM) -> None:
     ops.select("reference")
     llm.generate(PROMPT, max_tokens=2)
     assert ops.summary() == llm.kernels
+
+
+def log_softmax(rows: np.ndarray) -> np.ndarray:
+    rows = rows.astype(np.float64)
+    return rows - np.log(np.exp(rows - rows.max(1, keepdims=True)).sum(1, keepdims=True)) - rows.max(1, keepdims=True)
+
+
+def test_scores_are_what_the_logits_say(llm: LLM) -> None:
+    answer = llm.generate(PROMPT, temperature=0, max_tokens=5)
+    wrong = [*answer.token_ids[:4], (answer.token_ids[4] + 1) % llm.config.vocab_size]
+    scores = llm.score(PROMPT, [answer.token_ids, wrong, ", there"])
+    ids = llm.encode(PROMPT)
+    assert [score.greedy for score in scores[:2]] == [True, False]
+    assert b"".join(llm.tokenizer.token_bytes(each.token) for each in scores[2].tokens) == b", there"
+    for score in scores:
+        given = [each.token for each in score.tokens]
+        rows = log_softmax(llm.logits([*ids, *given]))[len(ids) - 1 : -1]
+        want = rows[range(len(given)), given]
+        np.testing.assert_allclose([each.logprob for each in score.tokens], want, atol=5e-3)  # the cache is fp16
+        assert score.logprob == sum(each.logprob for each in score.tokens)
+    with pytest.raises(UsageError, match="no tokens"):
+        llm.score(PROMPT, [""])
+
+
+@pytest.fixture
+def invariant() -> Iterator[None]:
+    cpu = pytest.importorskip("puna.kernels.cpu", reason="the C++ is not built: NumPy is not invariant")
+    cpu.set_invariant(True)
+    yield
+    cpu.set_invariant(False)
+
+
+@pytest.mark.usefixtures("invariant")
+def test_embeddings_have_length_one_and_do_not_depend_on_company(llm: LLM) -> None:
+    texts = [PROMPT, "The dog ran", "One day, a girl named Lily found a stone."]
+    vectors = llm.embed(texts)
+    assert (vectors.shape, vectors.dtype) == ((3, llm.config.dim), np.float32)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    for text, vector in zip(texts, vectors, strict=True):
+        np.testing.assert_array_equal(llm.embed([text])[0], vector)
+    plain = llm.embed(texts, normalize=False)
+    np.testing.assert_allclose(plain / np.linalg.norm(plain, axis=1, keepdims=True), vectors, atol=1e-6)
+    assert not np.allclose(plain, llm.embed(texts, pooling="last", normalize=False))
+    first = llm.embed(texts, pooling="cls")  # all begin with BOS
+    np.testing.assert_array_equal(first[0], first[1])
+    assert llm.embed([]).shape == (0, llm.config.dim)
+    with pytest.raises(UsageError, match="list of texts"):
+        llm.embed(PROMPT)
+
+
+def adapter_of(llm: LLM, folder: Path, scale: float) -> Path:
+    """An adapter in PEFT's format, of the values' matrices."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir()
+    config, rng = llm.config, np.random.default_rng(1)
+    tensors = {}
+    for i in range(config.layers):
+        name = f"base_model.model.model.layers.{i}.self_attn.v_proj"
+        tensors[f"{name}.lora_A.weight"] = rng.normal(size=(2, config.dim)).astype(np.float32)
+        out = config.kv_heads * config.head_dim
+        tensors[f"{name}.lora_B.weight"] = (scale * rng.normal(size=(out, 2))).astype(np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config_of = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["v_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config_of))
+    return folder
+
+
+def test_an_adapter_is_loaded_named_and_unloaded(tmp_path: Path) -> None:
+    llm = LLM("cria")
+    context = llm._engine.capacity
+    without = llm.score(PROMPT, [[5, 6, 7]])[0].logprob
+    assert llm.load_adapter(adapter_of(llm, tmp_path / "loud", 0.5)) == "loud"
+    llm.load_adapter(adapter_of(llm, tmp_path / "silent", 0.0), "mute")
+    assert llm._engine.capacity == context
+    assert llm.score(PROMPT, [[5, 6, 7]])[0].logprob == without
+    assert abs(llm.score(PROMPT, [[5, 6, 7]], adapter="mute")[0].logprob - without) < 1e-5
+    loud = llm.score(PROMPT, [[5, 6, 7]], adapter="loud")[0].logprob
+    assert abs(loud - without) > 0.1
+    stream = llm.stream(PROMPT, temperature=0, max_tokens=8, adapter="loud")
+    next(stream)
+    with pytest.raises(AdapterError, match="in use"):
+        llm.unload_adapter("loud")
+    list(stream)
+    assert stream.answer.token_ids != llm.generate(PROMPT, temperature=0, max_tokens=8).token_ids
+    llm.unload_adapter("loud")
+    with pytest.raises(AdapterError, match="Loaded are: mute"):
+        llm.stream(PROMPT, adapter="loud")
+    assert LLM("cria", adapter=tmp_path / "loud").score(PROMPT, [[5, 6, 7]])[0].logprob == loud

@@ -13,16 +13,15 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puna.cli import flags, terminal
 from puna.cli.answers import figures, verdict, with_seed
 from puna.errors import ContextError, PunaError, UsageError
-from puna.settings import RunSettings, puna_home, typed_path
-from puna.text.chat import Message
-from puna.types import Sampling
+from puna.settings import SAMPLING_FLAGS, RunSettings, puna_home, typed_path
+from puna.types import Message, Sampling
 from puna.weights.files import read_json
 
 if TYPE_CHECKING:
@@ -31,13 +30,17 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "puna-chat", 1
 HISTORY_LINES = 1000
+COMMON = ("temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "stop")
+"""What /set shows; any other setting only where it is not at its default."""
+
 PROMPT, MORE = ">>> ", "... "
 BLOCK = '"""'
 
 HELP = """\
 /help               this text
 /system [TEXT]      show or set the system message; /system none removes it
-/set [NAME VALUE]   show or set sampling: temperature, top_p, top_k, min_p, seed, max_tokens, stop (none: off)
+/set [NAME VALUE]   show or set sampling: temperature, top_p, top_k, min_p, seed, max_tokens, stop (none: off),
+                    and what else `puna run --help` lists
 /regenerate         answer the last message again
 /clear              forget the conversation
 /save FILE          save the conversation
@@ -70,7 +73,7 @@ class Session:
             "mode": "text" if self.continues else "chat",
             "system": self.system,
             "messages": [asdict(message) for message in self.messages],
-            "sampling": asdict(self.sampling),
+            "sampling": {name: getattr(self.sampling, name) for name in SAMPLING_FLAGS},
         }
         if path.is_file():
             try:
@@ -122,7 +125,7 @@ def load_session(path: Path) -> Session:
 
 def _sampling(data: Mapping[str, Any], need: Callable[[bool, str, str], None]) -> Sampling:
     """The sampling of a saved session, its types checked here and its ranges by Sampling."""
-    kinds = typing.get_type_hints(Sampling)
+    kinds = _kinds()
     values: dict[str, Any] = {}
     for key, value in data.items():
         need(key in kinds, f"sampling.{key[:60]}", f"one of {', '.join(kinds)}")
@@ -140,14 +143,28 @@ def _sampling(data: Mapping[str, Any], need: Callable[[bool, str, str], None]) -
     return Sampling(**values)
 
 
+def _kinds() -> dict[str, Any]:
+    """The settings of sampling that a chat has, and their types."""
+    kinds = typing.get_type_hints(Sampling)
+    return {name: kinds[name] for name in SAMPLING_FLAGS}
+
+
 def chat(llm: LLM, settings: RunSettings, *, ask: Callable[[str], str] = input) -> int:
     """Talk until the person leaves; returns the exit code. `ask` shows a prompt and gives the line typed after it."""
-    return _Chat(llm, settings, ask).loop()
+    talk = _Chat(llm, settings, ask)
+    if settings.session is None:
+        return talk.loop()
+    talk.resume(settings.session)
+    try:
+        return talk.loop()
+    finally:
+        talk.keep(settings.session)
 
 
 class _Chat:
     def __init__(self, llm: LLM, settings: RunSettings, ask: Callable[[str], str]) -> None:
         self.llm, self.settings, self.ask = llm, settings, ask
+        self.computed: list[int] = []  # the tokens of the last turn, its answer too
         self.session = Session(
             llm.name, settings.raw or llm.chat_format is None, settings.sampling(), system=settings.system
         )
@@ -257,6 +274,7 @@ class _Chat:
                 ) from error
             raise
         answer = self.show(stream, before=text if self.session.continues else "")
+        self.computed = [*stream.prompt_ids, *answer.token_ids]
         if not answer.token_ids and answer.finish_reason == "cancelled":
             terminal.note("[stopped; the message is not kept]")
             return
@@ -282,6 +300,23 @@ class _Chat:
                 print(flush=True)
         return stream.answer
 
+    def resume(self, path: Path) -> None:
+        """Go on with the conversation in a file, where there is one, and with what was computed for it."""
+        if path.exists():
+            self.load(str(path))
+        cache = _cache(path)
+        if cache.is_file():
+            found = self.llm.load_session(cache)
+            self.computed = list(found.token_ids)
+            if found.note:
+                terminal.note(f"note: {found.note}")
+
+    def keep(self, path: Path) -> None:
+        """Save the conversation in a file, and what was computed for it beside that."""
+        self.session.save(path)
+        if self.computed:
+            self.llm.save_session(_cache(path), self.computed)
+
     def set_system(self, text: str) -> None:
         if not text:
             terminal.note(self.session.system or "(no system message)")
@@ -294,7 +329,7 @@ class _Chat:
     def set_sampling(self, words: str) -> None:
         name, _, word = words.partition(" ")
         if name:
-            kinds = typing.get_type_hints(Sampling)
+            kinds = _kinds()
             name = name.replace("-", "_")
             if name not in kinds:
                 near = flags.suggestion(name, list(kinds))
@@ -305,7 +340,12 @@ class _Chat:
             self.session.sampling = replace(
                 self.session.sampling, **{name: flags.value(name, kinds[name], word, example)}
             )
-        shown = (f"{each.name} {_plain(getattr(self.session.sampling, each.name))}" for each in fields(Sampling))
+        off = Sampling()
+        shown = []
+        for name in SAMPLING_FLAGS:
+            value = getattr(self.session.sampling, name)
+            if name in COMMON or value != getattr(off, name):
+                shown.append(f"{name} {_plain(value)}")
         terminal.note("  ".join(shown))
 
     def regenerate(self, _: str) -> None:
@@ -339,6 +379,11 @@ class _Chat:
             terminal.note(f"(it was saved with {found.model})")
         self.session = replace(found, model=self.session.model)
         terminal.note(f"(loaded: {len(found.messages) // 2} turns, with their system message and settings)")
+
+
+def _cache(path: Path) -> Path:
+    """Where what was computed for a conversation lies."""
+    return path.with_name(path.name + ".cache")
 
 
 def _file(name: str, command: str) -> Path:

@@ -1,9 +1,16 @@
 """`puna convert`: write a model in another format, with a bar for people at a terminal.
 
 What it is not: the writers, which are `puna.weights`'s; they write whole or not at all.
+What is surprising: SIGTERM ends it as an exception, so that the half-written file, which may be large, is removed.
 """
 
 from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
 
 from puna.cli import terminal
 from puna.errors import UsageError
@@ -23,7 +30,7 @@ def main(settings: ConvertSettings) -> int:
                 remedy="Leave --type out, or write a GGUF file with --to gguf.",
             )
         dtype = DTYPES[settings.type]
-    with terminal.bar() as show:
+    with _terminated_tidily(), terminal.bar() as show:
         made = convert(
             find_model(settings.source),
             settings.output,
@@ -48,3 +55,20 @@ def main(settings: ConvertSettings) -> int:
         files = f"{len(made.files)} files, " if len(made.files) > 1 else ""
         terminal.note(f"{made.path}: {files}{terminal.size(made.nbytes)} of weights")
     return 0
+
+
+@contextmanager
+def _terminated_tidily() -> Iterator[None]:
+    """SIGTERM as SystemExit with the status that shells give it, while the block runs. Only a main thread can ask."""
+
+    def stop(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

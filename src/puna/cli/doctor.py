@@ -19,12 +19,13 @@ from puna import __version__
 from puna.cli import terminal
 from puna.engine import native_runner
 from puna.kernels import ops
+from puna.plan import SHARE
 from puna.settings import DoctorSettings, puna_home
 from puna.weights.fetch import free_space
-from puna.weights.limits import cgroup_limit, memory, read_text
+from puna.weights.limits import available, cgroup_limit, memory, read_text
 
 PACKAGES = (
-    "numpy", "tokenizers", "tiktoken", "sentencepiece", "huggingface_hub", "jinja2", "rich", "torch",
+    "numpy", "tokenizers", "tiktoken", "sentencepiece", "huggingface_hub", "jinja2", "rich", "llguidance", "torch",
 )  # fmt: skip
 ISA_FLAGS = (
     "sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16",
@@ -53,6 +54,7 @@ def report(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu(),
         "memory": memory(),
+        "cache_bytes": None if (free := available()) is None else int(SHARE * free),
         "packages": {name: _version(name) for name in PACKAGES},
         "device": _device(device),
         "folders": {"PUNA_HOME": _folder(puna_home()), "hub cache": _folder(_hub_cache())},
@@ -127,6 +129,9 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{terminal.size(memory['total_bytes'])}, {terminal.size(memory['available_bytes'])} available{limit}",
             )
         )
+    if found["cache_bytes"] is not None:
+        what = f"{terminal.size(found['cache_bytes'])} at most: half of what is available, less half of the weights"
+        lines.append(("KV cache", what))
     installed = ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version)
     missing = ", ".join(name for name, version in found["packages"].items() if not version)
     lines += [

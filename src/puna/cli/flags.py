@@ -200,7 +200,7 @@ def _reader(kind: Any) -> Callable[[str], Any]:
     """What turns a word into a value of a field's type."""
     if kind in (int, int | None):
         return _number(int, "a whole number")
-    if kind is float:
+    if kind in (float, float | None):
         return _number(float, "a number")
     if kind in (Path, Path | None):
         return typed_path

@@ -46,6 +46,7 @@ def main(settings: PullSettings) -> int:
         terminal.document(
             {
                 "name": pulled.name,
+                "path": str(pulled.path),
                 "folder": str(pulled.folder),
                 "revision": pulled.revision,
                 "commit": pulled.commit,
@@ -56,8 +57,8 @@ def main(settings: PullSettings) -> int:
         )
         return 0
     fetched = f"{terminal.size(pulled.bytes_fetched)} fetched" if pulled.bytes_fetched else "nothing to fetch"
-    terminal.note(f"{pulled.name} is here: {terminal.size(pulled.bytes_total)}, {fetched}, in {pulled.folder}")
-    terminal.note(f'Try: puna run {settings.name} "Hello"')
+    terminal.note(f"{pulled.name} is here: {terminal.size(pulled.bytes_total)}, {fetched}, in {pulled.path}")
+    terminal.note(f'Try: puna run {settings.name if entry else pulled.name} "Hello"')
     return 0
 
 
@@ -84,4 +85,10 @@ def _pull(settings: PullSettings, progress: Callable[[Progress], None] | None) -
         return pull_meta(url, settings.name, progress=progress)
     from puna.weights.hub import pull
 
-    return pull(settings.name, revision=settings.revision, original=settings.original, progress=progress)
+    return pull(
+        settings.name,
+        revision=settings.revision,
+        original=settings.original,
+        progress=progress,
+        say=lambda text: terminal.note(f"note: {text}"),
+    )

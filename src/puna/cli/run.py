@@ -35,6 +35,8 @@ def main(settings: RunSettings) -> int:
     prompt = _prompt(settings)
     if prompt is None:
         _check_chat(settings)
+    elif settings.session is not None:
+        raise UsageError("--session keeps a chat, and a prompt asks for one answer.", remedy="Leave one of them out.")
     with terminal.Waiting(lambda: f"Loading {settings.model} ..."):
         llm = _load(settings)
     for text in llm.notes:
@@ -55,8 +57,13 @@ def _load(settings: RunSettings) -> LLM:
         quant=settings.quant,
         device=settings.device,
         kernels=settings.kernels,
+        invariant=settings.invariant,
+        speculate=settings.speculate,
+        draft=settings.draft,
         kv_type=settings.kv_type,
+        kv_memory=settings.kv_memory,
         tokenizer=settings.tokenizer,
+        adapter=settings.adapter,
     )
 
 

@@ -7,7 +7,6 @@ What is surprising: memory is counted for the CPU, where weights stay as stored 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from puna.catalog import models as catalog
 from puna.cli import terminal
-from puna.engine.runner import settled_kv_type
-from puna.kernels.blocks import TYPES
+from puna.engine.runner import PAGE, page_bytes, settled_kv_type
 from puna.models import decoder
 from puna.models.config import DecoderConfig
 from puna.settings import ShowSettings
@@ -82,9 +80,7 @@ def describe(name: str, checkpoint: Checkpoint, tokenizer: Path | None = None) -
 
 def kv_cache_bytes(config: DecoderConfig, positions: int, kv_type: str) -> int:
     """Bytes of the CPU's KV cache of that type for one conversation of that many tokens."""
-    kind = TYPES[{"fp32": "F32", "bf16": "BF16", "fp16": "F16", "q8_0": "Q8_0"}[kv_type]]
-    cache = decoder.make_cache(config, 1, positions, lambda shape: math.prod(shape[:-1]) * kind.row_bytes(shape[-1]))
-    return sum((*cache.keys, *cache.values))
+    return -(-positions // PAGE) * page_bytes(config, kv_type)
 
 
 def licence(name: str, folder: Path, whole: GGUF | None = None) -> str | None:

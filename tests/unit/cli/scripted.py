@@ -67,6 +67,7 @@ class ScriptedStream:
         self._said: list[str] = []
         self._finish: FinishReason = "cancelled"
         self.prefilled = 0
+        self.prompt_ids = list(range(prompt))
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[str]:

@@ -15,9 +15,10 @@ from scripted import ScriptedLLM
 
 from puna.cli.chat import HELP, Session, chat, load_session
 from puna.errors import PunaError, UsageError, UserError
+from puna.llm import Restored
 from puna.settings import RunSettings
-from puna.text.chat import ChatFormat, Message
-from puna.types import Sampling
+from puna.text.chat import ChatFormat
+from puna.types import Message, Sampling
 
 Talk = Callable[..., tuple[str, str]]
 
@@ -114,6 +115,11 @@ def test_settings_can_be_changed(talk: Talk) -> None:
     assert "temperature must be a number, not 'hot'.\nFor example: /set temperature 0.7" in err
     assert "top_p must be " in err
     assert "temperature 0.7  top_p 0.95" in err
+    assert "repetition_penalty" not in err  # shown only where it does something
+    _, err = talk(llm, "/set repetition-penalty 1.2", "/set mirostat_tau 5", "/set n 2")
+    assert "min_p 0.0  repetition_penalty 1.2  seed none" in err
+    assert "mirostat_tau takes the place of top_p, which is 0.95.\nSet top_p to 1 beside mirostat_tau." in err
+    assert "There is no setting n." in err
 
 
 def test_regenerate_asks_the_same_again(talk: Talk) -> None:
@@ -303,7 +309,7 @@ def test_a_second_turn_computes_only_what_is_new(reference: Path) -> None:
     entries = iter(["Once upon a time", "Then what?"])
 
     def ask(prompt: str) -> str:
-        reused.append(llm._engine._reused)
+        reused.append(llm._engine.statistics().reused_tokens)
         entry = next(entries, None)
         if entry is None:
             raise EOFError
@@ -375,3 +381,30 @@ def test_a_chat_that_cannot_be(scripted_program: Callable[..., Any]) -> None:
     shown = scripted_program("run", "cria", "--json", pieces=["Hello"])
     assert shown.leave() == 2
     assert "a chat has many" in shown.shown
+
+
+def test_a_session_goes_on_where_it_was_with_what_was_computed(tmp_path: Path, talk: Talk) -> None:
+    class Saving(ScriptedLLM):
+        saved: dict[Path, list[int]] = {}  # noqa: RUF012
+
+        def save_session(self, path: Path, ids: list[int]) -> int:
+            path.touch()
+            self.saved[path] = ids
+            return len(ids)
+
+        def load_session(self, path: Path) -> Any:
+            return Restored(tuple(self.saved[path]), 2, "a page is damaged")
+
+    file = tmp_path / "talk"
+    talk(Saving(["A"]), "one", system="S", session=file)
+    assert [len(ids) for ids in Saving.saved.values()] == [len("one") + 1]
+    assert list(Saving.saved) == [tmp_path / "talk.cache"]
+    llm = Saving(["B"])
+    _, err = talk(llm, "two", session=file)
+    assert sent(llm) == [[("user", "one"), ("assistant", "A"), ("user", "two")]]
+    assert "note: a page is damaged" in err
+    assert [message.content for message in load_session(file).messages] == ["one", "A", "two", "B"]
+    (tmp_path / "other").write_text("a diary")
+    with pytest.raises(UserError):
+        talk(Saving(), "x", session=tmp_path / "other")
+    assert (tmp_path / "other").read_text() == "a diary"

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 
 from puna.catalog import models as catalog
 from puna.cli import show
+from puna.cli.main import main
 from puna.engine.runner import HostRunner
 from puna.errors import HubError, StorageError, UnreachableError
 from puna.models import decoder
@@ -107,10 +111,8 @@ def test_show_counts_the_cache_the_engine_makes() -> None:
 
     for kv_type in ("fp32", "bf16", "fp16", "q8_0"):
         runner = HostRunner(config, decoder.build(config, parameter), kv_type)
-        runner.reset(100)
-        cache = runner._cache
-        assert cache is not None
-        nbytes = sum(array.nbytes for array in (*cache.keys, *cache.values))
+        runner.allocate(2)
+        nbytes = sum(array.nbytes for array in (*runner._cache.keys, *runner._cache.values))
         assert show.kv_cache_bytes(config, 100, kv_type) == nbytes
 
 
@@ -144,9 +146,10 @@ def test_pull_hands_on_what_was_asked(puna: Puna, monkeypatch: pytest.MonkeyPatc
     said = puna("pull", "llama3.2:1b", "--revision", "v1", "--original")
     assert (said.code, said.out) == (0, "")
     assert "org/m is here: 3.0 MB, 3.0 kB fetched" in said.err
-    assert calls == [("llama3.2:1b", {"revision": "v1", "original": True, "progress": None})]
+    assert calls == [("llama3.2:1b", {"revision": "v1", "original": True, "progress": None, "say": ANY})]
     assert puna("pull", "org/m", "--json").json() == {
         "name": "org/m",
+        "path": "f",
         "folder": "f",
         "revision": "main",
         "commit": "c" * 40,
@@ -295,6 +298,23 @@ def test_convert_and_run_again(puna: Puna, stories: tuple[str, ...], tmp_path: P
     plain = puna("convert", *stories, "--to", "meta", "-o", str(tmp_path / "meta"))
     assert (plain.code, plain.out) == (0, "")
     assert json.loads((tmp_path / "meta" / "params.json").read_text())["n_layers"] == 5
+
+
+def test_a_conversion_that_is_terminated_leaves_nothing(
+    stories: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(file: Any, *_: Any) -> None:
+        file.write(b"half")
+        assert list(tmp_path.glob(".x.gguf.unfinished-*"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("puna.weights.gguf_write.write", write)
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", *stories, "--to", "gguf", "-o", str(tmp_path / "x.gguf")])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_convert_to_gguf(puna: Puna, stories: tuple[str, ...], tmp_path: Path) -> None:

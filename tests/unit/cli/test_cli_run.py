@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import scripted
 from scripted import ScriptedLLM
 
 from puna.cli import run
+from puna.types import Sampling
 
 Puna = Callable[..., Any]
 
@@ -28,17 +30,22 @@ def test_stdout_is_the_answer_and_nothing_else(puna: Puna, model: Puna) -> None:
 
 def test_every_option_reaches_the_model(puna: Puna, model: Puna) -> None:
     llm = model(ScriptedLLM())
-    words = "--system S --max-tokens 9 --temperature 0.5 --top-p 0.4 --top-k 3 --min-p 0.2 --seed 5 --stop a --stop b"
+    words = "--system S --max-tokens 9 --temperature 0.5 --top-p 0.4 --top-k 3 --min-p 0.2 --seed 5 --stop a --stop b "
+    words += "--typical-p 0.9 --top-n-sigma 2 --xtc-probability 0.1 --xtc-threshold 0.2 --mirostat-eta 0.3 "
+    words += "--repetition-penalty 1.1 --presence-penalty -0.5 --frequency-penalty 0.25 --penalty-range 64 "
+    words += "--dry-multiplier 0.8 --dry-base 1.5 --dry-allowed-length 3 --dry-range 100 --min-tokens 7"
     assert puna("run", "cria", "Hi", *words.split()).code == 0
-    assert llm.asked == [
-        (
-            "Hi",
-            {
-                "system": "S", "raw": False, "max_tokens": 9, "temperature": 0.5, "top_p": 0.4, "top_k": 3,
-                "min_p": 0.2, "seed": 5, "stop": ("a", "b"),
-            },
-        )
-    ]  # fmt: skip
+    [(prompt, options)] = llm.asked
+    assert prompt == "Hi"
+    assert options == {
+        **asdict(Sampling()), "system": "S", "raw": False, "max_tokens": 9, "temperature": 0.5, "top_p": 0.4,
+        "top_k": 3, "min_p": 0.2, "seed": 5, "stop": ("a", "b"), "typical_p": 0.9, "top_n_sigma": 2.0,
+        "xtc_probability": 0.1, "xtc_threshold": 0.2, "mirostat_eta": 0.3, "repetition_penalty": 1.1,
+        "presence_penalty": -0.5, "frequency_penalty": 0.25, "penalty_range": 64, "dry_multiplier": 0.8,
+        "dry_base": 1.5, "dry_allowed_length": 3, "dry_range": 100, "min_tokens": 7,
+    }  # fmt: skip
+    assert puna("run", "cria", "Hi", "--mirostat-tau", "5", "--top-p", "1").code == 0
+    assert llm.asked[1][1]["mirostat_tau"] == 5  # fmt: skip
 
 
 def test_what_the_loader_gets(puna: Puna, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,10 +62,12 @@ def test_what_the_loader_gets(puna: Puna, monkeypatch: pytest.MonkeyPatch) -> No
         "cria",
         "x",
         *["--dtype", "fp32", "--device", "cuda", "--kernels", "scalar", "--tokenizer", "t.bin", "--kv-type", "q8_0"],
+        *["--adapter", "lora"],
     )
     options = {
         "dtype": "fp32", "quant": None, "device": "cuda", "kernels": "scalar", "tokenizer": Path("t.bin"),
-        "kv_type": "q8_0",
+        "kv_type": "q8_0", "kv_memory": None, "invariant": False, "adapter": Path("lora"),
+        "speculate": "off", "draft": None,
     }  # fmt: skip
     assert given == [("cria", options)]
 
