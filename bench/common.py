@@ -56,6 +56,42 @@ def pedigree() -> dict[str, Any]:
     }
 
 
+def feed(runner: Any, tokens: Sequence[int], start: int) -> Any:
+    """Logits [V] after the next tokens, from position `start`, of the only sequence of a runner of Puna's.
+
+    From 0 on it is a new one, with room for 1,024 tokens.
+    """
+    import numpy as np
+
+    from puna.engine.runner import Batch
+    from puna.kernels.layouts import page_table
+
+    pages = 1024 // runner.page
+    if start == 0:
+        runner.allocate(pages)
+    table = page_table([start], [len(tokens)], np.arange(pages)[None])
+    return runner.run(Batch(np.array(tokens, np.int32), table, np.array([len(tokens) - 1], np.int32)))[0]
+
+
+def runner(model: Path) -> Any:
+    """The runner that `puna run` uses, of a model's file."""
+    from puna.engine.native_runner import host_runner
+    from puna.kernels import ops
+    from puna.weights.load import load
+
+    ops.select()
+    loaded = load(model)
+    return host_runner(loaded.config, loaded.weights)
+
+
+def engine(model: Path, room: int) -> tuple[Any, int]:
+    """An engine on a model's file, with room for so many tokens in its cache; the size of the vocabulary."""
+    from puna.engine.engine import Engine
+
+    on = runner(model)
+    return Engine(on, pages=-(-room // on.page)), on.config.vocab_size
+
+
 def interleaved(pairs: int, ours: Callable[[], float], theirs: Callable[[], float]) -> tuple[list[float], list[float]]:
     """`pairs` measurements of each, taking turns and swapping who goes first; one of each before, not counted.
 

@@ -65,17 +65,15 @@ def puna_works(folder: Path, threads: int) -> dict[str, Callable[[], float]]:
     runner = HostRunner(config, decoder.build(config, lambda name: checkpoint.tensors[name].read()))
 
     def decode() -> float:
-        runner.reset(CONTEXT + STEPS)
-        logits = runner.run(list(range(1, CONTEXT + 1)), 0)
+        logits = common.feed(runner, range(1, CONTEXT + 1), 0)
         began = time.perf_counter()
         for i in range(STEPS):
-            logits = runner.run([int(logits.argmax())], CONTEXT + i)
+            logits = common.feed(runner, [int(logits.argmax())], CONTEXT + i)
         return (time.perf_counter() - began) / STEPS
 
     def prefill() -> float:
-        runner.reset(PREFILL)
         began = time.perf_counter()
-        runner.run(list(range(1, PREFILL + 1)), 0)
+        common.feed(runner, range(1, PREFILL + 1), 0)
         return time.perf_counter() - began
 
     file = np.memmap(folder / "model.safetensors", np.uint8, "r")

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from puna.engine.runner import PAGE
 from puna.kernels import cpu
 from puna.kernels import reference as ref
 from puna.kernels.blocks import TYPES
-from puna.kernels.layouts import BF16, Packed
+from puna.kernels.layouts import BF16, Packed, page_table
 
 Case = tuple[str, str, Callable[[], object], float, float]
 """Op, shape in words, the call, bytes read, floating-point operations."""
@@ -93,8 +94,8 @@ def attentions() -> Iterator[Case]:
         flops = 4.0 * H * D * T * (T + 1) / 2
         yield "attention", f"prefill {T}", lambda q=q, k=k, v=v: cpu.attention(q, k, v, None), 2.0 * k.nbytes, flops
     for B, S in ((1, 128), (1, 1024), (1, 8192), (8, 1024)):
-        q, k, v = normal(B, 1, H, D), normal(B, S, G, D), normal(B, S, G, D)
-        at = np.full((B, 1), S - 1, np.int32)
+        q, k, v = normal(B, H, D), *(normal(B * S // PAGE, PAGE, G, D) for _ in range(2))
+        at = page_table([S - 1] * B, [1] * B, np.random.default_rng(0).permutation(B * S // PAGE).reshape(B, -1))
         call = lambda q=q, k=k, v=v, at=at: cpu.attention(q, k, v, at)  # noqa: E731
         yield "attention", f"decode {B} x {S}", call, 2.0 * k.nbytes, 4.0 * B * H * D * S
 
@@ -107,7 +108,8 @@ def others() -> Iterator[Case]:
         at = np.arange(rows, dtype=np.int32)[None]
         cos, sin = ref.rope_table(at, 10000.0 ** -np.linspace(0, 1, D // 2, dtype=np.float32))
         table, logits = weight("bf16", 1000, dim), normal(1, rows, dim)
-        cache = np.zeros((1, rows, heads, D), np.float32)
+        cache, pages = np.zeros((-(-rows // PAGE), PAGE, heads, D), np.float32), np.arange(-(-rows // PAGE))[None]
+        table_of_pages = page_table([0], [rows], pages)
         shape = f"{rows} x {dim}"
         yield "rms_norm", shape, lambda x=x, w=norm: cpu.rms_norm(x, w, 1e-5), x.nbytes, 0
         yield "swiglu", f"{rows} x {hidden}", lambda g=gate, u=up: cpu.swiglu(g, u), 2 * gate.nbytes, 0
@@ -115,7 +117,7 @@ def others() -> Iterator[Case]:
         yield "rope", shape + " interleaved", lambda q=q, c=cos, s=sin: cpu.rope(q, c, s, True), q.nbytes, 0
         yield "embedding", shape, lambda t=table, at=at: cpu.embedding(t, at), rows * dim * 2, 0
         yield "argmax", shape, lambda x=logits: cpu.argmax(x), x.nbytes, 0
-        call = lambda c=cache, q=q, at=at: cpu.write_kv(c, c, q, q, at)  # noqa: E731
+        call = lambda c=cache, q=q[0], at=table_of_pages: cpu.write_kv(c, c, q, q, at)  # noqa: E731
         yield "write_kv", shape, call, 2 * q.nbytes, 0
     logits = normal(1, 128256)
     yield "argmax", "1 x 128256", lambda: cpu.argmax(logits), logits.nbytes, 0
@@ -123,9 +125,9 @@ def others() -> Iterator[Case]:
         x, w = normal(1, 1, inner), normal(out, inner)
         shape = f"1 x {inner} -> {out} fp32"
         yield "linear", shape, lambda x=x, w=w: cpu.linear(x, w), w.nbytes, 2.0 * inner * out
-    q, k = normal(1, 1, 8, 8), normal(1, 512, 4, 8)
+    q, k = normal(1, 8, 8), normal(8, PAGE, 4, 8)
     for s in (10, 200):
-        at = np.full((1, 1), s, np.int32)
+        at = page_table([s], [1], np.arange(8)[None])
         yield "attention", f"decode 8 heads of 8, {s} keys", lambda at=at: cpu.attention(q, k, k, at), 2.0 * s * 128, 0
 
 

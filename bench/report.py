@@ -33,7 +33,7 @@ def main() -> None:
     ]
     for file in sorted((HERE / "results").glob("*.jsonl")):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
-        for row in {tuple(sorted(row)): row for row in rows}.values():
+        for row in {(row["question"], *sorted(row)): row for row in rows}.values():
             pedigree = {key: row.pop(key) for key in ("commit", "command", "machine", "date", "load")}
             parts += [f"## {row.pop('question')}", "", "| figure | value |", "|---|---|"]
             parts += [f"| {name} | {shown(value)} |" for name, value in flat(row)]

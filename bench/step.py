@@ -97,8 +97,7 @@ def seconds_a_token(runner: Any, steps: int, timed: Timed | None = None) -> floa
     from puna.engine.engine import Engine
     from puna.types import Sampling
 
-    runner.reset(len(PROMPT) + steps + 1)
-    engine = Engine(runner)
+    engine = Engine(runner, pages=-(-(len(PROMPT) + steps + 1) // runner.page))
     engine.submit(PROMPT, Sampling(temperature=0, max_tokens=steps + 1))
     engine.step()  # the prompt, and the first token
     if timed is not None:

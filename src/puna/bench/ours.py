@@ -1,8 +1,8 @@
 """Puna as one of the measured engines: the loader, runner and kernels that `puna run` uses, in a process of its own.
 
 What it is: also the one that measures the machine's limits, because the probes are part of the same C++.
-What is surprising: the engine runs one request at a time, so several streams are the rows of one cache, stepped
-together by the runner's own forward.
+What is surprising: `decode` steps its streams by the runner directly, so nothing there is the engine's but the size of
+its chunks; only `submit` and `advance` are the engine.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -18,10 +19,12 @@ import numpy as np
 
 from puna import __version__
 from puna.bench.protocol import serve
-from puna.engine.engine import PREFILL_CHUNK
+from puna.engine.engine import PREFILL_CHUNK, Engine
 from puna.engine.native_runner import host_runner
+from puna.engine.runner import Batch, Ids, Logits
 from puna.kernels import ops
-from puna.models.tree import KVCache
+from puna.kernels.layouts import page_table
+from puna.types import Sampling
 from puna.weights.find import find_model
 from puna.weights.load import load
 
@@ -36,9 +39,9 @@ PROBES = 6
 
 
 class Puna:
-    """See protocol.Engine."""
+    """See protocol.Engine and, for an engine whose cache holds `room` tokens, load.Serving."""
 
-    def __init__(self, model: str, threads: int) -> None:
+    def __init__(self, model: str, threads: int, room: int = 0, step_tokens: int | None = None) -> None:
         self.version = __version__
         self._path = find_model(model)
         ops.select()
@@ -46,8 +49,10 @@ class Puna:
             from puna.kernels import cpu
 
             cpu.set_threads(threads)
-        self._streams: tuple[tuple[int, int], KVCache] | None = None
+        self._pages: Ids = np.zeros((0, 0), np.int32)
+        self._filled: tuple[int, int] | None = None
         self._memory: Any = None
+        self._room, self._step_tokens = room, step_tokens or PREFILL_CHUNK
 
     def load(self) -> None:
         """See protocol.Engine. The tokenizer is loaded too, as for `puna run`."""
@@ -55,28 +60,47 @@ class Puna:
         self._config = loaded.config
         self._runner = host_runner(loaded.config, loaded.weights)
         self.vocabulary = loaded.config.vocab_size
+        if self._room:
+            pages = -(-self._room // self._runner.page)
+            self._engine = Engine(self._runner, pages=pages, step_tokens=self._step_tokens)
 
     def prefill(self, prompt: list[int]) -> int:
         """See protocol.Engine. In the chunks that the engine takes."""
-        self._streams = None
-        self._runner.reset(len(prompt) + 1)
-        for at in range(0, len(prompt), PREFILL_CHUNK):
-            logits = self._runner.run(prompt[at : at + PREFILL_CHUNK], at)
-        return int(ops.argmax(logits))
+        self._filled = None
+        return int(ops.argmax(self._fill([prompt], len(prompt))[0]))
 
     def decode(self, prompts: list[list[int]], steps: int) -> float:
         """See protocol.Engine."""
         streams, context = len(prompts), len(prompts[0])
-        if self._streams is None or self._streams[0] != (streams, context):
-            self._streams = None  # given back first
-            self._streams = (streams, context), self._filled(prompts, context + steps)
-        cache = self._streams[1]
-        ids = np.array([prompt[-1:] for prompt in prompts], np.int32)
+        if self._filled != (streams, context):
+            self._fill(prompts, context + steps)
+            self._filled = streams, context
+        ids = np.array([prompt[-1] for prompt in prompts], np.int32)
+        table = page_table([context] * streams, [1] * streams, self._pages)
+        wanted = np.arange(streams, dtype=np.int32)
         began = time.perf_counter()
         for step in range(steps):
-            logits = self._runner.step(ids, np.full((streams, 1), context + step, np.int32), cache)
-            ids = ops.argmax(logits)[:, None]
+            at = table._replace(positions=table.positions + np.int32(step))
+            ids = ops.argmax(self._runner.run(Batch(ids, at, wanted)))
         return (time.perf_counter() - began) / steps
+
+    def submit(self, prompt: list[int], new: int) -> int:
+        """See load.Serving."""
+        return self._engine.submit(prompt, Sampling(temperature=0.0, max_tokens=new, ignore_eos=True))
+
+    def advance(self) -> dict[int, int]:
+        """See load.Serving. Raises what ended a request before its time."""
+        came = {}
+        for progress in self._engine.step():
+            if progress.error is not None:
+                raise progress.error
+            if progress.tokens:
+                came[progress.request] = len(progress.tokens)
+        return came
+
+    def counts(self) -> dict[str, float]:
+        """The engine's statistics."""
+        return asdict(self._engine.statistics())
 
     def limits(self) -> dict[str, float]:
         """What this machine reaches: bytes a second read from memory, operations a second by kind of number.
@@ -101,16 +125,18 @@ class Puna:
                 found[kind] = 2 * rate
         return found
 
-    def _filled(self, prompts: list[list[int]], capacity: int) -> KVCache:
-        """A cache that holds the prompts."""
-        ids = np.array(prompts, np.int32)
-        streams, context = ids.shape
-        cache = self._runner.empty_cache(streams, capacity)
-        for at in range(0, context, PREFILL_CHUNK):
-            part = np.ascontiguousarray(ids[:, at : at + PREFILL_CHUNK])
-            positions = np.broadcast_to(np.arange(at, at + part.shape[1], dtype=np.int32), part.shape)
-            self._runner.step(part, np.ascontiguousarray(positions), cache)
-        return cache
+    def _fill(self, prompts: list[list[int]], capacity: int) -> Logits:
+        """Put prompts of one length into a new cache with room for `capacity` tokens each; logits after each [B, V]."""
+        streams, each = len(prompts), -(-capacity // self._runner.page)
+        self._runner.allocate(streams * each)
+        self._pages = np.arange(streams * each, dtype=np.int32).reshape(streams, each)
+        for at in range(0, len(prompts[0]), PREFILL_CHUNK):
+            parts = np.array([prompt[at : at + PREFILL_CHUNK] for prompt in prompts], np.int32)
+            table = page_table([at] * streams, [parts.shape[1]] * streams, self._pages)
+            whole = at + PREFILL_CHUNK >= len(prompts[0])
+            wanted = table.starts[1:] - np.int32(1) if whole else np.zeros(0, np.int32)
+            logits = self._runner.run(Batch(parts.reshape(-1), table, wanted))
+        return logits
 
 
 def _best_rate(probe: Callable[[], int]) -> float:

@@ -1,7 +1,8 @@
 """The other end of the pipe: what an engine under measurement is, and the loop in which it answers.
 
 What it is: one JSON object a line on stdin, one a line on stdout, until stdin ends. Requests: `load`, `first`
-and `prefill` (a number of tokens; `first` once, `prefill` for a while), `decode` (streams, context, steps), `limits`.
+and `prefill` (a number of tokens; `first` once, `prefill` for a while), `decode` (streams, context, steps), `limits`,
+and `clients` (see load.py) of an engine that serves many at once, `counts` of Puna's.
 Times are taken here, beside the engine, so that the pipe does not count; only a cold start is timed by the parent.
 What it is not: dependent on anything but the standard library: peers run it in interpreters without Puna.
 What is surprising: what libraries print on stdout goes to stderr, which keeps stdout for the answers. A prompt is
@@ -18,6 +19,8 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
+
+from puna.bench.load import Load, Serving, put
 
 LEAST_SECONDS = 0.3
 """Shorter work is repeated until this time was measured, and the mean is answered: clocks and threads wake up late."""
@@ -42,7 +45,7 @@ class Engine(Protocol):
         """Seconds a step of greedy decoding takes, all prompts in one batch; reading the prompts does not count."""
 
 
-def serve(engine: Engine) -> None:
+def serve(engine: Engine | Serving) -> None:
     """Answer requests until stdin ends. What an engine raises is an answer too: `{"error": …}`."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -56,7 +59,7 @@ def serve(engine: Engine) -> None:
         answers.flush()
 
 
-def _answer(engine: Engine, request: dict[str, Any], fresh: random.Random) -> dict[str, Any]:
+def _answer(engine: Any, request: dict[str, Any], fresh: random.Random) -> dict[str, Any]:
     def prefill() -> float:
         prompt = _prompt(engine, fresh, request["tokens"])
         began = time.perf_counter()
@@ -78,7 +81,11 @@ def _answer(engine: Engine, request: dict[str, Any], fresh: random.Random) -> di
             return {"seconds": _for_a_while(lambda: engine.decode(prompts, steps), steps)}
         case "limits":
             # Only Puna's own engine has this: the machine's limits are measured by its kernels.
-            return engine.limits()  # type: ignore[attr-defined, no-any-return]
+            return engine.limits()  # type: ignore[no-any-return]
+        case "counts":
+            return engine.counts()  # type: ignore[no-any-return]
+        case "clients":
+            return {"figures": put(engine, Load(**request["load"]), range(_first_id(engine), engine.vocabulary))}
         case other:
             raise ValueError(f"no such request: {other}")
 
@@ -93,4 +100,8 @@ def _for_a_while(measure: Callable[[], float], steps: int) -> float:
 
 
 def _prompt(engine: Engine, draw: random.Random, tokens: int) -> list[int]:
-    return draw.choices(range(min(FIRST_IDS, engine.vocabulary // 2), engine.vocabulary), k=tokens)
+    return draw.choices(range(_first_id(engine), engine.vocabulary), k=tokens)
+
+
+def _first_id(engine: Engine) -> int:
+    return min(FIRST_IDS, engine.vocabulary // 2)

@@ -25,6 +25,7 @@ class OpenVino:
         self.version = importlib.metadata.version("openvino-genai")
         self._path, self._threads = model, threads
         self._requests = 0
+        self._open: dict[int, tuple[Any, int]] = {}  # request: its handle, and tokens still to come
 
     def load(self) -> None:
         """See protocol.Engine."""
@@ -60,6 +61,25 @@ class OpenVino:
         while self._pipeline.has_non_finished_requests():
             self._pipeline.step()
         return seconds / left
+
+    def submit(self, prompt: list[int], new: int) -> int:
+        """See load.Serving."""
+        handle = self._add(prompt, new)
+        self._open[self._requests] = handle, new
+        return self._requests
+
+    def advance(self) -> dict[int, int]:
+        """See load.Serving."""
+        self._pipeline.step()
+        came = {}
+        for request, (handle, left) in list(self._open.items()):
+            tokens = sum(len(part.generated_ids) for part in handle.read().values()) if handle.can_read() else 0
+            if tokens:
+                came[request] = tokens
+                self._open[request] = handle, left - tokens
+                if left <= tokens:
+                    del self._open[request]
+        return came
 
     def _add(self, prompt: list[int], tokens: int) -> Any:
         import numpy as np
