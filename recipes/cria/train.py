@@ -118,8 +118,7 @@ def tree(config: DecoderConfig, parameters: dict[str, torch.Tensor]) -> DecoderW
 def loss(weights: DecoderWeights, config: DecoderConfig, rows: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats a token over rows [B, T + 1] of ids, PADDING left out."""
     tokens, targets = rows[:, :-1].clamp(min=0), rows[:, 1:]
-    positions = torch.arange(tokens.shape[1], dtype=torch.int32).expand(tokens.shape)
-    scores = decoder.logits(weights, decoder.forward(weights, config, tokens, positions))
+    scores = decoder.logits(weights, decoder.forward(weights, config, tokens))
     return F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten(), ignore_index=PADDING)
 
 

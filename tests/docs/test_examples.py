@@ -11,7 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *(page for room in ("guides", "concepts") for page in sorted((ROOT / "docs" / room).glob("*.md"))),
+]
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
