@@ -181,7 +181,8 @@ def test_many_clients_that_leave_at_any_moment(alone: list[str]) -> None:
             await asyncio.sleep(0.002 * (i % 4))
             task.cancel()
         ends = await asyncio.gather(*tasks, return_exceptions=True)
-        assert {type(end) for end in ends} == {asyncio.CancelledError}, ends
+        # The model is small: an answer may have ended by then.
+        assert asyncio.CancelledError in {type(end) for end in ends} <= {asyncio.CancelledError, list}, ends
         assert await stays == alone[2]
         await settled(backend)
 
