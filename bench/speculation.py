@@ -11,6 +11,7 @@ measure is whether a model would. Words and the marks between them are the token
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 import re
 import statistics
@@ -56,7 +57,7 @@ class Written:
         return []
 
     def copy(self) -> Written:
-        raise NotImplementedError("one choice is asked for")
+        return copy.copy(self)  # the answer itself never changes
 
 
 def edited(tokens: list[int], every: int, draw: random.Random, fresh: int) -> list[int]:
