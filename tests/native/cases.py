@@ -117,25 +117,14 @@ def packed(kind: str, rows: int, columns: int) -> Packed:
 
 
 def quantized(x: npt.NDArray[np.float32], kind: str) -> npt.NDArray[np.float64]:
-    """Activations as they meet packed weights: 8 bits with a scale for each block, of 32 or 256 as in `kind`.
-
-    In a block of 256, 16 neighbours add up to 1,023 at most, signs aside; else its scale is made larger.
-    """
+    """Activations as they meet packed weights: 8 bits with a scale for each block, of 32 or 256 as in `kind`."""
     rows, columns = x.shape
     block = TYPES[kind].block if kind in TYPES else 32
     parts = np.pad(x, ((0, 0), (0, -columns % block))).reshape(rows, -1, block)
     most = np.max(np.abs(parts), axis=-1, keepdims=True)
-
-    def integers() -> npt.NDArray[np.float32]:
-        numbers: npt.NDArray[np.float32] = np.rint(
-            parts * np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
-        )
-        return numbers
-
-    if block == 256:
-        sums = np.abs(integers()).reshape(*parts.shape[:2], 16, 16).sum(axis=-1).max(axis=-1, keepdims=True)
-        most = np.where(sums > 1023, most * (sums / np.float32(1000)), most).astype(np.float32)
-    return (integers() * (most / np.float32(127)).astype(np.float64)).reshape(rows, -1)[:, :columns]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        integers = np.where(most > 0, np.rint(parts * (np.float32(127) / most)), 0)
+    return (integers * (most / np.float32(127)).astype(np.float64)).reshape(rows, -1)[:, :columns]
 
 
 def embedding() -> Iterator[Case]:

@@ -52,22 +52,12 @@ def normal(seed: int, *shape: int) -> F32:
 
 
 def rounded(x: F32, kind: str) -> npt.NDArray[np.float64]:
-    """Activations in 8 bits: blocks of 256 beside types of 256, else of 32, scaled by the largest.
-
-    Beside types of 256, 16 neighbours add up to 1,023 at most, signs aside; else the block's scale is made larger.
-    """
+    """Activations in 8 bits: blocks of 256 beside types of 256, else of 32, scaled by the largest."""
     groups = x.reshape(len(x), -1, TYPES[kind].block)
     most = np.max(np.abs(groups), axis=-1, keepdims=True)
-
-    def integers() -> F32:
-        numbers: F32 = np.rint(groups * np.divide(np.float32(127), most, out=np.zeros_like(most), where=most >= 1e-30))
-        return numbers
-
-    if TYPES[kind].block == 256:
-        sums = np.abs(integers()).reshape(*groups.shape[:2], 16, 16).sum(-1).max(-1, keepdims=True)
-        most = np.where(sums > 1023, most * (sums / np.float32(1000)), most).astype(np.float32)
+    inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most >= 1e-30)
     scale = np.where(most >= 1e-30, most / np.float32(127), np.float32(0))
-    return (integers().astype(np.float64) * scale).reshape(x.shape)
+    return (np.rint(groups * inverse).astype(np.float64) * scale).reshape(x.shape)
 
 
 def shapes(kind: str) -> list[tuple[int, int]]:

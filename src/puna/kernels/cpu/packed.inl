@@ -3,15 +3,12 @@
 // The idea: the 16 rows of a panel lie in the lanes. 64 bytes are 4 consecutive columns of 16 rows, a *quad*; one
 // instruction multiplies a quad by the same 4 columns of one activation row and adds the sums to 16 integers. A quad is
 // unpacked once, in registers, for up to GROUP activation rows. After each sub-block (16 or 32 columns) its integers
-// are scaled: in float32, or (INTEGER, the K types, whose scales are integers too) in 32 bits until the record ends.
+// are scaled in float32.
 //
 // - Weights are unsigned: stored value = true value + 2^SHIFT. The integers start from -2^SHIFT · Σ activations instead
 //   of zero, so the offset costs nothing. Types with minimums (value · scale - minimum) subtract minimum · Σ activations.
 // - Activations: blocks of 32 share a scale beside types of 32 (Q4_0, Q8_0, ...), blocks of 256 beside types of 256
 //   ("super" types: the K types, IQ4_XS), as in llama.cpp.
-// - Scaling costs a multiplication, and multiplications are the limit. So the K types scale two sub-blocks with one: their
-//   sums stand side by side in the halves of a word. For them to fit 16 bits, 16 neighbouring activations may not add up
-//   to more than SUM_MOST; where they would, their block gets a larger scale. Few do: all 16 must be large.
 // - For many activation rows a record is unpacked to whole bytes first (`Plain`), and the same code runs on that. The
 //   operations on a row are the same ones in the same order, so its bits do not depend on how many rows there are.
 //
@@ -113,31 +110,6 @@ INLINE void dot_halves(vi& sums, vi w, const char* x) {
 #endif
 }
 
-// Two sums of 16 bits in a word, as `dot_words` wants them. `high` is 2^(16 - shift) times too large.
-template <int SHIFT>
-INLINE vi side_by_side(vi low, vi high) {
-#if WIDTH == 16
-    return (vi)_mm512_mask_mov_epi16((__m512i)(high << SHIFT), 0x55555555, (__m512i)low);
-#elif WIDTH == 8
-    return (vi)_mm256_blend_epi16((__m256i)(high << SHIFT), (__m256i)low, 0x55);
-#else
-    return (high << SHIFT) | (low & 0xffff);
-#endif
-}
-
-// sums += the two 16-bit halves of each word of w times those of x; all signed.
-INLINE void dot_words(vi& sums, vi w, vi x) {
-#if WIDTH == 16 && defined(__AVX512VNNI__)
-    asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(x), "vm"(w));
-#elif WIDTH == 16
-    sums += (vi)_mm512_madd_epi16((__m512i)w, (__m512i)x);
-#elif WIDTH == 8
-    sums += (vi)_mm256_madd_epi16((__m256i)w, (__m256i)x);
-#else
-    sums += ((w << 16) >> 16) * ((x << 16) >> 16) + (w >> 16) * (x >> 16);
-#endif
-}
-
 // 8-bit weights as `dot` wants them, from signed bytes.
 INLINE vu wide(vu x) { return SIGN_DOT ? x : x ^ 0x80808080; }
 
@@ -160,12 +132,12 @@ INLINE vu iq4(vu x) {
 
 INLINE vu nibble(vu x, int shift) { return (x >> shift) & 0x0f0f0f0f; }
 
-// The lower or the upper nibbles, the upper ones left where they are: 16 times too large, which IN_PLACE says. One
-// operation instead of two. Signed products have no room for it.
+// The lower or the upper nibbles, the upper ones left where they are: 16 times too large, which IN_PLACE mends in the
+// scale, exactly. One operation instead of two. Signed products have no room for it.
 INLINE vu nibble_in_place(vu x, int upper) {
     return SIGN_DOT ? nibble(x, upper * 4) : x & (upper ? 0xf0f0f0f0 : 0x0f0f0f0f);
 }
-constexpr int IN_PLACE = SIGN_DOT ? 0 : 4;
+constexpr float IN_PLACE = SIGN_DOT ? 1.0f : 0.0625f;
 
 // The 4 bits of x above `shift`, one into bit 4 of each byte: the products do not overlap.
 INLINE vu fifth_bits(vu x, int shift) { return ((((x >> shift) & 0xf) * 0x00204081) & 0x01010101) << 4; }
@@ -173,36 +145,23 @@ INLINE vu fifth_bits(vu x, int shift) { return ((((x >> shift) & 0xf) * 0x002040
 // ---- scales ----
 
 // The scales of a record in float32, for W of its rows.
-template <int SUB, bool MINS>
-struct FloatScales {
+template <bool SUPER, int SUB, bool MINS>
+struct Scales {
     vf scale[RECORD / SUB];
-    vf least[MINS ? 8 : 1];  // the minimum of a block of 32
-};
-
-// INTEGER: scale d · integer, minimum least · integer (least is -dmin). Words of two 16-bit integers: those of units 2 i
-// and 2 i + 1, a unit being the UNIT columns summed to 16 bits; minimums of sub-blocks j and j + 2 (see `pair_of`).
-template <int UNIT, int SUB, bool MINS>
-struct IntegerScales {
-    vi pairs[RECORD / UNIT / 2];
-    vi minimums[MINS ? RECORD / SUB / 2 : 1];
-    vf d, least;
+    vf least[MINS ? (SUPER ? 1 : 8) : 1];       // the minimum of a block of 32; SUPER: dmin, negated
+    vi pairs[MINS && SUPER ? RECORD / SUB / 2 : 1];  // SUPER: minimums of sub-blocks j and j + 2 (see `pair_of`) in a word
 };
 
 // Sub-block j's minimum is in word pair_of(j), in its upper half where j & 2. So 4 bytes make 2 words by masks.
 constexpr int pair_of(int j) { return j / 4 * 2 + j % 2; }
 
-// 4 bytes are the scales of 4 sub-blocks, or their minimums.
+// 4 bytes are the scales of 4 sub-blocks (as integers to be multiplied by d), or their minimums.
 template <bool IS_SIGNED>
-INLINE vi one_scale(vu bytes, int b) {
-    return IS_SIGNED ? (vi)(bytes << (24 - 8 * b)) >> 24 : (vi)((bytes >> (8 * b)) & 0xff);
-}
-template <bool IS_SIGNED>
-INLINE void four_scales(vi* to, vu bytes, int minus) {
-    UNROLL for (int b = 0; b < 4; b += 2)
-        to[b / 2] = side_by_side<16>(one_scale<IS_SIGNED>(bytes, b) - minus, one_scale<IS_SIGNED>(bytes, b + 1) - minus);
-}
-INLINE void four_twice(vi* to, vu bytes) {
-    UNROLL for (int b = 0; b < 4; b++) to[b] = side_by_side<16>(one_scale<false>(bytes, b), one_scale<false>(bytes, b));
+INLINE void four_scales(vf* to, vf d, vu bytes, int minus) {
+    UNROLL for (int b = 0; b < 4; b++) {
+        vi one = IS_SIGNED ? (vi)(bytes << (24 - 8 * b)) >> 24 : (vi)((bytes >> (8 * b)) & 0xff);
+        to[b] = to_float(one - minus) * d;
+    }
 }
 INLINE void four_minimums(vi* to, vu bytes) {
     to[0] = (vi)(bytes & 0x00ff00ff);
@@ -210,43 +169,26 @@ INLINE void four_minimums(vi* to, vu bytes) {
 }
 
 // Q4_K and Q5_K: 8 scales and 8 minimums of 6 bits.
-template <int UNIT>
-INLINE void scales_of_4_and_5(const uint8_t* words, IntegerScales<UNIT, 32, true>& to) {
+template <typename S>
+INLINE void scales_of_4_and_5(const uint8_t* words, S& to) {
     vu d = row(words, 0), a = row(words, 1), b = row(words, 2), c = row(words, 3);
-    vu first = a & 0x3f3f3f3f, last = (c & 0x0f0f0f0f) | ((a >> 2) & 0x30303030);
-    if (UNIT == 32) {
-        four_scales<false>(to.pairs, first, 0);
-        four_scales<false>(to.pairs + 2, last, 0);
-    } else {
-        four_twice(to.pairs, first);
-        four_twice(to.pairs + 4, last);
-    }
-    four_minimums(to.minimums, b & 0x3f3f3f3f);
-    four_minimums(to.minimums + 2, nibble(c, 4) | ((b >> 2) & 0x30303030));
-    to.d = low_half(d);
-    to.least = -high_half(d);
+    four_scales<false>(to.scale, low_half(d), a & 0x3f3f3f3f, 0);
+    four_scales<false>(to.scale + 4, low_half(d), (c & 0x0f0f0f0f) | ((a >> 2) & 0x30303030), 0);
+    four_minimums(to.pairs, b & 0x3f3f3f3f);
+    four_minimums(to.pairs + 2, nibble(c, 4) | ((b >> 2) & 0x30303030));
+    to.least[0] = -high_half(d);
 }
 
 // ---- types ----
 
 // What the code below needs to know of a type. quad(words, n, i, q): columns 4q to 4q + 3 of step n · SPAN + i, a step
 // being 32 columns; i and q are constants where it is called.
-template <bool CHOICE, class T, class F>
-struct Either {
-    typedef T type;
-};
-template <class T, class F>
-struct Either<false, T, F> {
-    typedef F type;
-};
-
-template <bool SUPER_, int SUB_, int SHIFT_, bool MINS_, int SPAN_ = 1, int UNIT_ = 16>
+template <bool SUPER_, int SUB_, int SHIFT_, bool MINS_, int SPAN_ = 1>
 struct Traits {
-    static constexpr bool SUPER = SUPER_, MINS = MINS_, INTEGER = SUPER && (MINS || SUB_ == 16);  // all but IQ4_XS
+    static constexpr bool SUPER = SUPER_, MINS = MINS_;
     static constexpr int SUB = SUB_, SHIFT = SHIFT_, SPAN = SPAN_;  // SUB columns share a scale; SHIFT -1: no offset
-    static constexpr int UNIT = UNIT_, UPPER = 0;  // INTEGER: UNIT columns' sum fits 16 bits, odd units' times 2^UPPER
     static constexpr bool SIGNED = SIGN_DOT && SHIFT == 7;
-    typedef typename Either<INTEGER, IntegerScales<UNIT, SUB, MINS>, FloatScales<SUB, MINS>>::type Scale;
+    typedef Scales<SUPER, SUB, MINS> Scale;
 };
 
 template <int TYPE>
@@ -318,12 +260,12 @@ struct Kind<Q2_K> : Traits<true, 16, -1, true, 4> {
     INLINE vu quad(const uint8_t* words, int n, int i, int q) { return (row(words, 5 + n * 8 + q) >> (i * 2)) & 0x03030303; }
     INLINE void scales(const uint8_t*, const uint8_t* words, int64_t, Scale& to) {
         vu d = row(words, 0);
+        vf scale = low_half(d);
         UNROLL for (int w = 0; w < 4; w++) {
-            four_scales<false>(to.pairs + w * 2, nibble(row(words, 1 + w), 0), 0);
-            four_minimums(to.minimums + w * 2, nibble(row(words, 1 + w), 4));
+            four_scales<false>(to.scale + w * 4, scale, nibble(row(words, 1 + w), 0), 0);
+            four_minimums(to.pairs + w * 2, nibble(row(words, 1 + w), 4));
         }
-        to.d = low_half(d);
-        to.least = -high_half(d);
+        to.least[0] = -high_half(d);
     }
 };
 
@@ -334,20 +276,23 @@ struct Kind<Q3_K> : Traits<true, 16, 2, false, 4> {
         return low | (((row(words, 3 + q * 3 + 1) >> (n * 4 + i)) & 0x01010101) << 2);
     }
     INLINE void scales(const uint8_t* halves, const uint8_t* words, int64_t, Scale& to) {
-        half_scales(halves, 1, &to.d);
+        vf d;
+        half_scales(halves, 1, &d);
         vu a = row(words, 0), b = row(words, 1), c = row(words, 2);
-        four_scales<false>(to.pairs, nibble(a, 0) | ((c & 0x03030303) << 4), 32);
-        four_scales<false>(to.pairs + 2, nibble(b, 0) | (((c >> 2) & 0x03030303) << 4), 32);
-        four_scales<false>(to.pairs + 4, nibble(a, 4) | (((c >> 4) & 0x03030303) << 4), 32);
-        four_scales<false>(to.pairs + 6, nibble(b, 4) | (((c >> 6) & 0x03030303) << 4), 32);
+        four_scales<false>(to.scale, d, nibble(a, 0) | ((c & 0x03030303) << 4), 32);
+        four_scales<false>(to.scale + 4, d, nibble(b, 0) | (((c >> 2) & 0x03030303) << 4), 32);
+        four_scales<false>(to.scale + 8, d, nibble(a, 4) | (((c >> 4) & 0x03030303) << 4), 32);
+        four_scales<false>(to.scale + 12, d, nibble(b, 4) | (((c >> 6) & 0x03030303) << 4), 32);
     }
 };
 
 template <>
-struct Kind<Q4_K> : Traits<true, 32, -1, true, 2, 32> {
-    static constexpr int UPPER = IN_PLACE;
+struct Kind<Q4_K> : Traits<true, 32, -1, true, 2> {
     INLINE vu quad(const uint8_t* words, int n, int i, int q) { return nibble_in_place(row(words, 4 + n * 8 + q), i); }
-    INLINE void scales(const uint8_t*, const uint8_t* words, int64_t, Scale& to) { scales_of_4_and_5(words, to); }
+    INLINE void scales(const uint8_t*, const uint8_t* words, int64_t, Scale& to) {
+        scales_of_4_and_5(words, to);
+        for (int j = 1; j < 8; j += 2) to.scale[j] *= IN_PLACE;
+    }
 };
 
 template <>
@@ -368,8 +313,9 @@ struct Kind<Q6_K> : Traits<true, 16, 5, false, 4> {
         return (low & 0x0f0f0f0f) | (high & 0x30303030);
     }
     INLINE void scales(const uint8_t* halves, const uint8_t* words, int64_t, Scale& to) {
-        half_scales(halves, 1, &to.d);
-        UNROLL for (int w = 0; w < 4; w++) four_scales<true>(to.pairs + w * 2, row(words, w), 0);
+        vf d;
+        half_scales(halves, 1, &d);
+        UNROLL for (int w = 0; w < 4; w++) four_scales<true>(to.scale + w * 4, d, row(words, w), 0);
     }
 };
 
@@ -391,9 +337,9 @@ struct Kind<IQ4_XS> : Traits<true, 32, 7, false> {
 constexpr int start_shift(bool super, int sub) { return super && sub == 16 ? 5 : 7; }
 
 // A record unpacked to bytes: quad q of step s is row 8 s + q. Without minimums the offset is 2^start_shift.
-template <bool SUPER, int SUB, bool MINS, int UNIT>
-struct Plain : Traits<SUPER, SUB, MINS ? -1 : start_shift(SUPER, SUB), MINS, UNIT / 16, UNIT> {
-    INLINE vu quad(const uint8_t* words, int n, int i, int q) { return row(words, (n * (UNIT / 16) + i) * 8 + q); }
+template <bool SUPER, int SUB, bool MINS>
+struct Plain : Traits<SUPER, SUB, MINS ? -1 : start_shift(SUPER, SUB), MINS> {
+    INLINE vu quad(const uint8_t* words, int s, int, int q) { return row(words, s * 8 + q); }
 };
 template <class K>
 struct PlainRecord {
@@ -415,7 +361,6 @@ static void unpack_record(const uint8_t* record, int64_t blocks, PlainRecord<Kin
         for (int n = 0; n < blocks * BLOCKS[TYPE].numbers / 32 / K::SPAN; n++)
             UNROLL for (int i = 0; i < K::SPAN; i++) UNROLL for (int q = 0; q < 8; q++) {
                 vu quad = K::quad(words, n, i, q);
-                if (K::UPPER && i % 2) quad >>= K::UPPER;
                 if (K::SHIFT >= 0 && K::SHIFT < TO) {
                     quad += ((1 << TO) - (1 << K::SHIFT)) * 0x01010101u;
                     if (SIGN_DOT && TO == 7) quad ^= 0x80808080;
@@ -457,14 +402,12 @@ INLINE void put(char* p, int32_t x) { *(word_any*)p = (uint32_t)x; }
 INLINE void put(char* p, float x) { __builtin_memcpy(p, &x, 4); }
 INLINE int32_t two_halves(int32_t low, int32_t high) { return (low & 0xffff) | (int32_t)((uint32_t)high << 16); }
 
-INLINE float largest_in(const float* x, int64_t count) {
+// `count` numbers in 8 bits; returns their scale. Where the largest is infinite or NaN the scale is too, and with it
+// every result; below 1e-30 (127 / largest must be finite) all is zero.
+INLINE float quantize(const float* x, int64_t count, int8_t* to) {
     vu bits = {};
     for (int64_t k = 0; k < count; k += W) bits = larger_bits(bits, load(x + k));
-    return largest_of(bits);
-}
-// `count` numbers in 8 bits, `most` becoming 127; returns their scale. Where it is infinite or NaN the scale is too, and
-// with it every result; below 1e-30 (127 / most must be finite) all is zero.
-INLINE float quantize(const float* x, int64_t count, float most, int8_t* to) {
+    float most = largest_of(bits);
     if (!(most >= 1e-30f && most < INFINITE)) {
         for (int64_t k = 0; k < count; k++) to[k] = 0;
         return most < 1e-30f ? 0.0f : most;
@@ -479,29 +422,6 @@ INLINE float quantize(const float* x, int64_t count, float most, int8_t* to) {
     return most / 127.0f;
 }
 
-// 16 neighbours of a SUPER record add up to no more, signs aside: times 32 (Q6_K, Q5_K), and two of them times 15 (Q4_K),
-// they fit 16 bits. Rounding adds at most 8 to a sum, so a scale that makes it SUM_WANTED holds.
-constexpr int32_t SUM_MOST = 1023;
-constexpr float SUM_WANTED = 1000.0f;
-
-// The largest sum of 16 neighbours of a record, signs aside.
-INLINE int32_t largest_sum(const int8_t* bytes) {
-    int32_t fours[RECORD / 4] __attribute__((aligned(64))), most = 0;
-    for (int64_t q = 0; q < RECORD / 4; q += W) {
-        vi four = (vi)row((const uint8_t*)(bytes + q * 4), 0), sum = {};
-        UNROLL for (int b = 0; b < 4; b++) {
-            vi one = (four << (24 - 8 * b)) >> 24;
-            sum += one < 0 ? -one : one;
-        }
-        *(vi*)(fours + q) = sum;
-    }
-    for (int64_t i = 0; i < RECORD / 4; i += 4) {
-        int32_t sum = fours[i] + fours[i + 1] + fours[i + 2] + fours[i + 3];
-        most = sum > most ? sum : most;
-    }
-    return most;
-}
-
 // Row m of M of a record: `count` columns at x (null: a row of zeros).
 template <bool SUPER>
 static void quantize_record(const float* x, int64_t count, char* to, int64_t m, int64_t M) {
@@ -509,16 +429,10 @@ static void quantize_record(const float* x, int64_t count, char* to, int64_t m, 
     int32_t quads[RECORD / 4] __attribute__((aligned(64))), sums[RECORD / 16];
     float scales[RECORD / 32] = {};
     constexpr int64_t BLOCK = SUPER ? RECORD : 32;
-    if (!x) __builtin_memset(bytes, 0, sizeof bytes);
-    else if (SUPER) {
-        float most = largest_in(x, RECORD);
-        scales[0] = quantize(x, RECORD, most, bytes);
-        int32_t sum = largest_sum(bytes);
-        if (sum > SUM_MOST) scales[0] = quantize(x, RECORD, most * ((float)sum / SUM_WANTED), bytes);
-    } else {
-        for (int64_t b = 0; b < count / BLOCK; b++)
-            scales[b] = quantize(x + b * BLOCK, BLOCK, largest_in(x + b * BLOCK, BLOCK), bytes + b * BLOCK);
-    }
+    if (x)
+        for (int64_t b = 0; b < count / BLOCK; b++) scales[b] = quantize(x + b * BLOCK, BLOCK, bytes + b * BLOCK);
+    else
+        __builtin_memset(bytes, 0, sizeof bytes);
     for (int64_t q = 0; q < count / 4; q += W) {
         vi four = (vi)row((const uint8_t*)(bytes + q * 4), 0);
         *(vi*)(quads + q) = ((four << 24) >> 24) + ((four << 16) >> 24) + ((four << 8) >> 24) + (four >> 24);
@@ -551,13 +465,13 @@ static void quantize_record(const float* x, int64_t count, char* to, int64_t m, 
 
 // ---- the product ----
 
-constexpr int64_t FETCH_AHEAD = 9 << 10;
+constexpr int64_t FETCH_AHEAD = 6 << 10;
 
 // tile[m][lane] += what `steps` · 32 columns contribute, for M activation rows and the W rows at tile, words, scales.
 // At each step the next `LINES` lines of memory at `fetch` are fetched into L2.
 template <class K, int M, int LINES>
-INLINE void float_dots(const uint8_t* words, const typename K::Scale& scales, const char* x, int64_t steps, float* tile,
-                       const uint8_t* fetch) {
+INLINE void record_dots(const uint8_t* words, const typename K::Scale& scales, const char* x, int64_t steps, float* tile,
+                        const uint8_t* fetch) {
     constexpr int CHAINS = M <= 2 ? 2 : 1;  // sums of even and odd quads, where one alone would wait for itself
     constexpr int PER_STEP = 32 / K::SUB, QUADS = 8 / PER_STEP;
     constexpr bool FROM_ZERO = K::SHIFT < 0 || K::SIGNED;
@@ -565,97 +479,52 @@ INLINE void float_dots(const uint8_t* words, const typename K::Scale& scales, co
     vf sums[M];
     UNROLL for (int m = 0; m < M; m++) sums[m] = K::SUPER ? (vf){} : load(tile + m * PANEL_ROWS);
     const char* at = x;
-    for (int64_t s = 0; s < steps; s++, at += step_bytes(K::SUPER) * M) {
-        UNROLL for (int line = 0; line < LINES; line++) __builtin_prefetch(fetch + (s * LINES + line) * 64, 0, 2);
-        UNROLL for (int sub = 0; sub < PER_STEP; sub++) {
-            vi dots[CHAINS][M];
-            UNROLL for (int m = 0; m < M; m++) {
-                const char* start = at + ((PER_STEP == 1 ? 8 : 9 + sub) * M + m) * 4;
-                dots[0][m] = FROM_ZERO ? (vi){} : splat_word(start) >> LESS;
-                if (CHAINS > 1) dots[CHAINS - 1][m] = (vi){};
-            }
-            UNROLL for (int q = sub * QUADS; q < sub * QUADS + QUADS; q++) {
-                vu quad = K::quad(words, (int)s, 0, q);
-                UNROLL for (int m = 0; m < M; m++) dot<K::SIGNED>(dots[q % CHAINS][m], quad, at + (q * M + m) * 4);
-            }
-            vf scale = scales.scale[s * PER_STEP + sub];
-            UNROLL for (int m = 0; m < M; m++) {
-                vf number = to_float(CHAINS > 1 ? dots[0][m] + dots[CHAINS - 1][m] : dots[0][m]);
-                if (K::SUPER) sums[m] = fused(number, scale, sums[m]);
-                else sums[m] = fused(number, scale * splat_float(at + (11 * M + m) * 4), sums[m]);
-            }
-        }
-        if (!K::SUPER && K::MINS)
-            UNROLL for (int m = 0; m < M; m++) sums[m] = fused(scales.least[s], splat_float(at + (12 * M + m) * 4), sums[m]);
-    }
-    UNROLL for (int m = 0; m < M; m++) {
-        if (K::SUPER) sums[m] = fused(sums[m], splat_float(at + (12 * M + m) * 4), load(tile + m * PANEL_ROWS));
-        store(tile + m * PANEL_ROWS, sums[m]);
-    }
-}
-
-// The same for a whole record of the types that are INTEGER.
-template <class K, int M, int LINES>
-INLINE void integer_dots(const uint8_t* words, const typename K::Scale& scales, const char* x, float* tile,
-                         const uint8_t* fetch) {
-    constexpr bool FROM_ZERO = K::SHIFT < 0;
-    constexpr int LESS = FROM_ZERO ? 0 : start_shift(true, K::SUB) - K::SHIFT;
-    constexpr int64_t STEP = step_bytes(true) * M;
-    // More rows have no registers for the lower unit beside the upper one: it is added to it, from 2^15 on, so that it
-    // never borrows from the upper half.
-    constexpr bool BESIDE = M <= 8;
-    vi sums[M];
-    UNROLL for (int m = 0; m < M; m++) sums[m] = (vi){};
-    for (int64_t n = 0; n < 8 / K::SPAN; n++)
-        UNROLL for (int pair = 0; pair < K::SPAN * 16 / K::UNIT; pair++) {
-            // A pair is two halves of a step, or two steps.
-            const int step = K::UNIT == 16 ? pair : pair * 2;
-            const char* at = x + (n * K::SPAN + step) * STEP;
-            UNROLL for (int line = 0; line < LINES * K::UNIT / 16; line++)
-                __builtin_prefetch(fetch + ((n * K::SPAN + step) * LINES + line) * 64, 0, 2);
-            vi units[2][M];
-            UNROLL for (int odd = 1; odd >= 0; odd--) {
-                const int i = K::UNIT == 16 ? step : step + odd, first = K::UNIT == 16 ? odd * 4 : 0;
-                const char* here = K::UNIT == 16 ? at : at + odd * STEP;
-                vi* dots = units[BESIDE ? odd : 1];
-                // Steps of a span read the same words. They load them again: kept in registers they would push out the sums.
-                const uint8_t* from = words;
-                asm("" : "+r"(from));
+    for (int64_t n = 0; n < steps / K::SPAN; n++)
+        UNROLL for (int i = 0; i < K::SPAN; i++, at += step_bytes(K::SUPER) * M) {
+            int64_t s = n * K::SPAN + i;
+            // Steps of a span read the same words. They load them again: kept in registers they would push out the sums.
+            const uint8_t* from = words;
+            asm("" : "+r"(from));
+            UNROLL for (int line = 0; line < LINES; line++) __builtin_prefetch(fetch + (s * LINES + line) * 64, 0, 2);
+            UNROLL for (int sub = 0; sub < PER_STEP; sub++) {
+                vi dots[CHAINS][M];
                 UNROLL for (int m = 0; m < M; m++) {
-                    vi start = FROM_ZERO ? (vi){} : splat_word(here + ((K::UNIT == 16 ? 9 + odd : 8) * M + m) * 4) >> LESS;
-                    if (BESIDE || odd) dots[m] = start;
-                    else dots[m] = (dots[m] << (16 - K::UPPER)) + (start + 0x8000);
+                    const char* start = at + ((PER_STEP == 1 ? 8 : 9 + sub) * M + m) * 4;
+                    dots[0][m] = FROM_ZERO ? (vi){} : splat_word(start) >> LESS;
+                    if (CHAINS > 1) dots[CHAINS - 1][m] = (vi){};
                 }
-                UNROLL for (int q = first; q < first + K::UNIT / 4; q++) {
+                UNROLL for (int q = sub * QUADS; q < sub * QUADS + QUADS; q++) {
                     vu quad = K::quad(from, (int)n, i, q);
-                    UNROLL for (int m = 0; m < M; m++) dot<false>(dots[m], quad, here + (q * M + m) * 4);
+                    UNROLL for (int m = 0; m < M; m++) dot<K::SIGNED>(dots[q % CHAINS][m], quad, at + (q * M + m) * 4);
+                }
+                vf scale = scales.scale[s * PER_STEP + sub];
+                UNROLL for (int m = 0; m < M; m++) {
+                    vf number = to_float(CHAINS > 1 ? dots[0][m] + dots[CHAINS - 1][m] : dots[0][m]);
+                    if (K::SUPER) sums[m] = fused(number, scale, sums[m]);
+                    else sums[m] = fused(number, scale * splat_float(at + (11 * M + m) * 4), sums[m]);
                 }
             }
-            vi scale = scales.pairs[n * (K::SPAN * 16 / K::UNIT) + pair];
-            UNROLL for (int m = 0; m < M; m++)
-                dot_words(sums[m], scale, BESIDE ? side_by_side<16 - K::UPPER>(units[0][m], units[1][m]) : units[1][m] ^ 0x8000);
+            if (!K::SUPER && K::MINS)
+                UNROLL for (int m = 0; m < M; m++)
+                    sums[m] = fused(scales.least[s], splat_float(at + (12 * M + m) * 4), sums[m]);
         }
+    if (!K::SUPER) {
+        UNROLL for (int m = 0; m < M; m++) store(tile + m * PANEL_ROWS, sums[m]);
+        return;
+    }
     vi least[M];
-    const char* after = x + 8 * STEP;
     if (K::MINS) {
         constexpr int PAIRS = RECORD / K::SUB / 2, FIRST = K::SUB == 16 ? 0 : 8;
         UNROLL for (int m = 0; m < M; m++) least[m] = (vi){};
         UNROLL for (int p = 0; p < PAIRS; p++)
-            UNROLL for (int m = 0; m < M; m++) dot_halves(least[m], scales.minimums[p], after + ((FIRST + p) * M + m) * 4);
+            UNROLL for (int m = 0; m < M; m++) dot_halves(least[m], scales.pairs[p], at + ((FIRST + p) * M + m) * 4);
     }
     UNROLL for (int m = 0; m < M; m++) {
-        vf sum = to_float(sums[m]) * scales.d;
-        keep(sum);
-        if (K::MINS) sum = fused(to_float(least[m]), scales.least, sum);
-        store(tile + m * PANEL_ROWS, fused(sum, splat_float(after + (12 * M + m) * 4), load(tile + m * PANEL_ROWS)));
+        vf scale = splat_float(at + (12 * M + m) * 4), before = load(tile + m * PANEL_ROWS);
+        vf after = fused(sums[m], scale, before);
+        if (K::MINS) after = fused(to_float(least[m]), scales.least[0] * scale, after);
+        store(tile + m * PANEL_ROWS, after);
     }
-}
-
-template <class K, int M, int LINES>
-INLINE void record_dots(const uint8_t* words, const typename K::Scale& scales, const char* x, int64_t steps, float* tile,
-                        const uint8_t* fetch) {
-    if constexpr (K::INTEGER) integer_dots<K, M, LINES>(words, scales, x, tile, fetch);
-    else float_dots<K, M, LINES>(words, scales, x, steps, tile, fetch);
 }
 
 // tile [M][16] = one panel times M activation rows, from the panel as it lies in memory; `stride` bytes of x a record.
@@ -696,7 +565,7 @@ constexpr int group_size(int64_t rows) {
 template <int TYPE>
 struct Packed {
     typedef Kind<TYPE> K;
-    typedef Plain<K::SUPER, K::SUB, K::MINS, K::UNIT> P;
+    typedef Plain<K::SUPER, K::SUB, K::MINS> P;
 
     static void few(int M, const uint8_t* panel, const char* x, int64_t stride, int64_t in, float* tile) {
         switch (M) {
@@ -728,16 +597,6 @@ struct Packed {
         }
     }
 
-    // The scale of column k.
-    static float scale_of(const typename K::Scale& scales, int64_t k, int64_t lane) {
-        if constexpr (K::INTEGER) {
-            int64_t unit = k / K::UNIT;
-            return scales.d[lane] * (float)(int16_t)(scales.pairs[unit / 2][lane] >> (unit % 2 * 16));
-        } else {
-            return scales.scale[k / K::SUB][lane];
-        }
-    }
-
     // One row of a record in float32, as the type's definition computes it: scale · integer, then the minimum.
     static void values(const uint8_t* record, int64_t columns, int64_t lane, float* to) {
         constexpr int OFFSET = start_shift(K::SUPER, K::SUB);
@@ -747,15 +606,15 @@ struct Packed {
         for (int64_t k = 0; k < columns; k++) {
             uint8_t byte = plain.quads[(k / 4 * PANEL_ROWS + lane) * 4 + k % 4];
             int number = K::MINS ? byte : SIGN_DOT && OFFSET == 7 ? (int8_t)byte : byte - (1 << OFFSET);
-            vf value = splat(scale_of(scales, k, lane % W) * (float)number);
+            vf value = splat(scales.scale[k / K::SUB][lane % W] * (float)number);
             keep(value);  // not contracted with the sum
-            if constexpr (K::MINS && K::INTEGER) {
+            if (K::MINS && K::SUPER) {
                 int j = (int)(k / K::SUB);
-                int minimum = scales.minimums[pair_of(j)][lane % W] >> (j % 4 / 2 * 16) & 0xff;
-                vf least = splat(scales.least[lane % W] * (float)minimum);
+                int minimum = scales.pairs[pair_of(j)][lane % W] >> (j % 4 / 2 * 16) & 0xff;
+                vf least = splat(scales.least[0][lane % W] * (float)minimum);
                 keep(least);
                 value += least;
-            } else if constexpr (K::MINS) {
+            } else if (K::MINS) {
                 value += splat(scales.least[k / 32][lane % W]);
             }
             to[k] = value[0];
