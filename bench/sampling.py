@@ -1,8 +1,8 @@
 """What sampling costs a step: 16 rows of 128,256 logits, one `sample` call, by kind of request.
 
-    python bench/sampling.py [--rows 16]
+    python bench/sampling.py --record
 
-Prints one JSON line: milliseconds, the median of 40 calls of each kind in turns, and the smallest. Logits are normal
+Milliseconds: the median of 40 calls of each kind in turns, and the smallest. Logits are normal
 numbers with a deviation of 2 (`flat`: a share of 0.95 is most of the vocabulary), or those with 40 likely ones on
 top, as a trained model has (`trained`).
 What it is not: a test. It says nothing of what is drawn.
@@ -11,11 +11,16 @@ What it is not: a test. It says nothing of what is drawn.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
+import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+import common
 
 from puna.engine.sampler import Sampler, sample
 from puna.kernels import ops
@@ -43,9 +48,10 @@ REQUESTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--calls", type=int, default=40)
+    parser.add_argument("--record", action="store_true", help="append the row to bench/results/sampling.jsonl")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     flat = rng.normal(0, 2, (args.rows, VOCABULARY)).astype(np.float32)
@@ -54,7 +60,10 @@ def main() -> None:
         row[rng.integers(0, VOCABULARY, 40)] += rng.exponential(6, 40) + 12
     prompt = rng.integers(0, VOCABULARY, 1000).tolist()
     mask = rng.integers(0, 1 << 32, (VOCABULARY + 31) // 32, dtype=np.uint64).astype(np.uint32)
-    report = {"rows": args.rows, "threads": ops.threads(), "kernels": ops.summary()}
+    ops.select()
+    report: dict[str, Any] = {
+        "question": f"sampling {args.rows} rows of {VOCABULARY}", "threads": ops.threads(), "kernels": ops.summary(),
+    }  # fmt: skip
     for name, logits in (("trained", trained), ("flat", flat)):
         spent: dict[str, list[float]] = {kind: [] for kind in REQUESTS}
         samplers = {kind: [Sampler(s, prompt) for _ in range(args.rows)] for kind, s in REQUESTS.items()}
@@ -68,9 +77,10 @@ def main() -> None:
                 for sampler, draw in zip(samplers[kind], draws, strict=True):
                     sampler.accept(draw.token)
         report[name] = {
-            kind: [round(statistics.median(each) * 1e3, 2), round(min(each) * 1e3, 2)] for kind, each in spent.items()
+            kind: {"median_ms": round(statistics.median(each) * 1e3, 2), "min_ms": round(min(each) * 1e3, 2)}
+            for kind, each in spent.items()
         }
-    print(json.dumps(report))
+    common.record("sampling", report | common.pedigree(), args.record)
 
 
 if __name__ == "__main__":

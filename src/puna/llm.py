@@ -8,41 +8,42 @@ one, such as `cria`) continues the text itself. Whether a model has one is `LLM.
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from numbers import Integral
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 from weakref import WeakValueDictionary
 
 import numpy as np
 
+from puna import sessions
 from puna.engine.engine import Engine, Progress
 from puna.engine.native_runner import host_runner
 from puna.engine.runner import Hidden, Logits, Runner
 from puna.engine.speculation import PromptLookup, Proposer
-from puna.errors import ChatFormatError, CheckpointError, DeviceError, PunaError, QueueFullError, UsageError
+from puna.errors import ChatFormatError, DeviceError, QueueFullError, UsageError
 from puna.kernels import ops
 from puna.kernels.layouts import mapping
 from puna.models.config import DecoderConfig
-from puna.models.tree import leaves
+from puna.models.tree import DecoderWeights, leaves
 from puna.plan import CacheBudget, cache_budget
+from puna.sessions import Restored
+from puna.stream import About, Job, Stream
 from puna.types import (
     KV_TYPES,
     SPECULATIONS,
     Answer,
-    FinishReason,
     Grammar,
     Message,
     Pooling,
+    Prompt,
     Sampling,
     SamplingOptions,
     Score,
-    Timings,
     TokenLogprob,
+    Tool,
 )  # fmt: skip
 from puna.weights.adapter import read_adapter
 from puna.weights.embedded import EMBEDDED
@@ -50,26 +51,15 @@ from puna.weights.find import find_model
 from puna.weights.limits import available
 
 if TYPE_CHECKING:
-    from puna.engine.draft import DraftModel
     from puna.engine.grammar import Grammars
     from puna.text.chat import ChatFormat
     from puna.text.tokenizer import Tokenizer
 
+__all__ = ["LLM", "SEQUENCES", "Restored", "Stream", "torch_engine"]
 
 SEQUENCES = 16
 """Answers of a full context that the cache has room for, where the memory has: several streams share it, and adapters
 take their memory from it."""
-
-
-class Restored(NamedTuple):
-    """What a saved session gave: its text, as token ids, and how many of them need not be computed again.
-
-    `note` says why that is less than what was saved; empty where it is not.
-    """
-
-    token_ids: tuple[int, ...]
-    tokens: int
-    note: str = ""
 
 
 class LLM:
@@ -139,7 +129,11 @@ class LLM:
         """Every token that ends an answer: the tokenizer's, and those the model's own config names."""
         self.device = device
         runner: Runner
-        free, to_come = available(), sum(leaf.nbytes for _, leaf in leaves(loaded.weights) if mapping(leaf) is not None)
+        small, to_come = None, _mapped(loaded.weights)
+        if draft is not None:
+            small, more = self._draft_model(str(draft), kv_type)
+            to_come += more
+        free = available()
         if device == "cpu":
             runner = host_runner(loaded.config, loaded.weights, kv_type)
             self.kernels = ops.summary()
@@ -158,6 +152,8 @@ class LLM:
             available=free,
             to_come=to_come,
             asked=None if kv_memory is None else int(kv_memory * 1e9),
+            draft_page_bytes=small.page_bytes if small else 0,
+            draft_context=small.config.context_length if small else 0,
         )
         """The memory of the cache that all answers share."""
         if self.cache.tokens < loaded.config.context_length:
@@ -166,24 +162,34 @@ class LLM:
                 f"the cache has room for {self.cache.tokens} tokens of the model's context of "
                 f"{loaded.config.context_length}: {self.cache.why}",
             )
-        self._checkpoint = loaded.checkpoint
-        self._loaded_as = (dtype, quant or "")
+        self.checkpoint = loaded.checkpoint
+        self.loaded_as = (dtype, quant or "")
+        """The dtype that was asked for, and the type that matrices are packed in."""
         self._runner = runner
         guess: Callable[[], Proposer] | None = PromptLookup if speculate == "lookup" else None
-        if draft is not None:
-            guess = self._draft_model(str(draft), kv_type)
+        if small is not None:
+            from puna.engine.draft import DraftModel
+
+            guess = DraftModel(Engine(small, pages=self.cache.draft_pages))
+            self.notes = (
+                *self.notes,
+                f"of the cache's {self.cache.nbytes / 1e6:,.0f} MB the draft model's takes "
+                f"{self.cache.draft_pages * small.page_bytes / 1e6:,.0f} MB",
+            )
         self._engine = Engine(runner, pages=self.cache.pages, speculate=guess)
         self._engine_taken = False
         # Weak: a stream that nobody holds any more is not computed to its end.
-        self._streams: WeakValueDictionary[int, Stream | _Job] = WeakValueDictionary()
+        self._streams: WeakValueDictionary[int, Stream | Job] = WeakValueDictionary()
         self.adapter: str | None = None
         """The name of the one that requests use which name none."""
         if adapter is not None:
             self.adapter = self.load_adapter(adapter)
 
-    def _draft_model(self, name: str, kv_type: str) -> DraftModel:
-        """What guesses for this model. Raises what loading does, and UsageError for a model of another vocabulary."""
-        from puna.engine.draft import DraftModel
+    def _draft_model(self, name: str, kv_type: str) -> tuple[Runner, int]:
+        """The model that guesses for this one, and bytes of its weights that the memory is still to take.
+
+        Raises what loading does, and UsageError for a model of another vocabulary.
+        """
         from puna.text.token_table import token_table
         from puna.weights.load import load
 
@@ -195,18 +201,28 @@ class LLM:
                 f"--draft {name}: its tokens are not those of {self.name}.",
                 remedy="A draft model has the same tokenizer: name a smaller model of the same family.",
             )
-        runner: Runner
         if self.device == "cpu":
-            runner = host_runner(small.config, small.weights, kv_type)
-        else:
-            runner = torch_engine(self.device).TorchRunner(small.config, small.weights, self.device, kv_type)
-        return DraftModel(Engine(runner, pages=min(self.cache.pages, -(-small.config.context_length // runner.page))))
+            return host_runner(small.config, small.weights, kv_type), _mapped(small.weights)
+        on_device: Runner = torch_engine(self.device).TorchRunner(small.config, small.weights, self.device, kv_type)
+        return on_device, 0
 
-    def encode(self, prompt: str | Sequence[Message], *, system: str | None = None, raw: bool = False) -> list[int]:
-        """The token ids that `stream` starts from: BOS and the text, or the chat rendered by the model's own format.
+    def encode(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        tools: Sequence[Tool] = (),
+    ) -> list[int]:
+        """The token ids that `stream` starts from: BOS and the text, or the chat rendered by the model's own format,
+        with the tools that it is told about.
 
-        Raises ChatFormatError for messages without a chat format, UsageError for a system message with `raw`.
+        Raises ChatFormatError for messages without a chat format and tools that it cannot tell about, UsageError for a
+        system message or tools with `raw`.
         """
+        if tools and isinstance(prompt, str) and (raw or self.chat_format is None):
+            why = "raw text has no place for them" if raw else f"{self.name} has no chat format"
+            raise UsageError(f"Tools cannot be honoured: {why}.", remedy="Leave them out, or give a conversation.")
         if isinstance(prompt, str) and (raw or self.chat_format is None):
             if system is not None:
                 why = "raw text has no roles" if raw else f"{self.name} has no chat format, so no system message"
@@ -227,23 +243,40 @@ class LLM:
             )
         if system is not None:
             messages = [Message("system", system), *messages]
-        return self.chat_format.encode(messages, self.tokenizer)
+        return self.chat_format.encode(messages, self.tokenizer, tools=tools)
 
     def prompt_ids(
-        self, prompt: str | Sequence[Message] | Sequence[int], *, system: str | None = None, raw: bool = False
+        self,
+        prompt: str | Sequence[Message] | Sequence[int],
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        tools: Sequence[Tool] = (),
     ) -> tuple[list[int], list[int]]:
         """The ids of a prompt, and those that the answer's text continues; what is an id already stays as it is.
 
-        Raises what `encode` does, and UsageError for a system message beside ids.
+        Raises what `encode` does, and UsageError for a system message or tools beside ids.
         """
         ids = _token_ids(prompt)
         if ids is None:
-            ids = self.encode(cast("str | Sequence[Message]", prompt), system=system, raw=raw)
+            ids = self.encode(cast("str | Sequence[Message]", prompt), system=system, raw=raw, tools=tools)
             # An answer in a chat is a text of its own; elsewhere it goes on where the prompt ends, spaces and all.
             return ids, ids if raw or self.chat_format is None else []
         if system is not None:
             raise UsageError("A system message cannot be added to token ids.", remedy="Give messages, or a text.")
+        if tools:
+            raise UsageError("Tools cannot be told about in token ids.", remedy="Give messages, or a text.")
         return ids, ids
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens that a page of the cache has room for."""
+        return self._runner.page
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of the cache."""
+        return self._runner.page_bytes
 
     @cached_property
     def grammars(self) -> Grammars:
@@ -309,6 +342,8 @@ class LLM:
         once, and are computed together.
         Raises ContextError, ChatFormatError, GrammarError, AdapterError or UsageError before anything is computed.
         """
+        from puna.text.answer import AnswerText
+
         engine = self._own_engine()
         sampling = Sampling(**options)
         for name in ("n", "best_of", "logprobs", "prompt_logprobs"):
@@ -321,7 +356,13 @@ class LLM:
         request = engine.submit(
             ids, sampling, stop_ids=self.stop_ids, constraint=constraint, adapter=adapter or self.adapter
         )
-        stream = self._streams[request] = Stream(self, request, ids, follows, sampling)
+        stream = self._streams[request] = Stream(
+            AnswerText(self.tokenizer, follows, sampling.stop),
+            ids,
+            step=self._step,
+            cancel=partial(engine.cancel, request),
+            about=self._about,
+        )
         return stream
 
     def generate(
@@ -353,23 +394,24 @@ class LLM:
         A text is cut into tokens as what goes on after the prompt, on its own. Raises ContextError, AdapterError, and
         UsageError for a continuation that has no tokens.
         """
+        self._own_engine()
+        ids, given = self.given_ids(prompt, continuations, raw=raw)
+        name = adapter or self.adapter
+        [job] = self._finish([lambda: self._engine.submit_score(ids, given, adapter=name)], len(given))
+        return scores_of(job.seen, len(given))
+
+    def given_ids(
+        self, prompt: Prompt | Sequence[int], continuations: Sequence[str | Sequence[int]], *, raw: bool = True
+    ) -> tuple[list[int], list[list[int]]]:
+        """The ids of a prompt, and those of each continuation. Raises what `prompt_ids` does."""
         from puna.text.token_table import encode_after
 
-        self._own_engine()
         ids, _ = self.prompt_ids(prompt, raw=raw)
         given = [
             encode_after(self.tokenizer, each) if isinstance(each, str) else _token_ids(each) or []
             for each in continuations
         ]
-        name = adapter or self.adapter
-        [job] = self._finish([lambda: self._engine.submit_score(ids, given, adapter=name)], len(given))
-        scores = []
-        for choice in range(len(given)):
-            draws = [draw for each in job.seen if each.choice == choice for draw in each.logprobs or ()]
-            tokens = tuple(TokenLogprob(each.token, cast("float", each.logprob), each.top) for each in draws)
-            greedy = all(each.token == each.top[0][0] for each in tokens)
-            scores.append(Score(sum(each.logprob for each in tokens), greedy, tokens))
-        return scores
+        return ids, given
 
     def embed(
         self,
@@ -391,11 +433,8 @@ class LLM:
         prompts = [self.prompt_ids(text, raw=raw)[0] for text in texts]
         name = adapter or self.adapter
         jobs = self._finish(partial(self._engine.submit_embedding, prompt, pooling, adapter=name) for prompt in prompts)
-        vectors: Hidden = np.array([job.seen[-1].embedding for job in jobs], np.float32).reshape(-1, self.config.dim)
-        if normalize:
-            for vector in vectors:  # one at a time: NumPy adds a row of many in another order
-                vector /= np.linalg.norm(vector) or 1
-        return vectors
+        vectors = [vector_of(job.seen, normalize=normalize) for job in jobs]
+        return np.array(vectors, np.float32).reshape(-1, self.config.dim)
 
     def logits(self, prompt: str | Sequence[int], *, raw: bool = True) -> Logits:
         """Logits after every token of a text (or of ids): float32 [T, V]. Raises ContextError when it is too long."""
@@ -414,20 +453,13 @@ class LLM:
         `engine.runner.PAGE` tokens. The file takes the memory that they take; an older session there is replaced.
         Raises UsageError where another file is there, PunaError where the disk has no room.
         """
-        from puna.weights.session_file import write_session
-
-        engine, runner = self._own_engine(), self._runner
+        engine = self._own_engine()
         if self.adapter is not None:
             raise UsageError(
                 "A session computed with an adapter is not saved.",
                 remedy="Merge the adapter into the model, or leave it.",
             )
-        ids, _ = self.prompt_ids(prompt)
-        count, pages = engine.kept(ids)
-        write_session(
-            Path(path), self._identity, ids, pages, count=count, page=runner.page, page_bytes=runner.page_bytes
-        )
-        return count * runner.page
+        return sessions.save(Path(path), self._identity, self.prompt_ids(prompt)[0], engine, self._runner)
 
     def load_session(self, path: str | Path) -> Restored:
         """Put what `save_session` saved back into the cache: a prompt that begins with its text is not computed again.
@@ -435,26 +467,10 @@ class LLM:
         A file that is damaged is used as far as it is good; one of another model, or that is no session, not at all.
         Raises CheckpointError where there is no such file or it cannot be read.
         """
-        from puna.weights.session_file import open_session
-
-        engine, path = self._own_engine(), Path(path)
+        engine = self._own_engine()
         if self.adapter is not None:
             raise UsageError("A session is not loaded beside an adapter.", remedy="Leave one of them out.")
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such file.", remedy="Name a session that was saved.")
-        try:
-            saved = open_session(path, self.config.vocab_size)
-        except CheckpointError as error:
-            return Restored((), 0, f"{error.message} Nothing of it is used")
-        runner = self._runner
-        mine = {**self._identity, "page": runner.page, "page_bytes": runner.page_bytes}
-        its = {**saved.identity, "page": saved.page, "page_bytes": saved.page_bytes}
-        if others := [name for name in mine | its if mine.get(name) != its.get(name)]:
-            return Restored((), 0, f"{path}: it was saved with another {', '.join(others)}. Nothing of it is used")
-        tokens = engine.restore(saved.tokens, saved.pages())
-        short = saved.page_count * saved.page - tokens
-        why = "the file is damaged or cut short, or the cache has no more room"
-        return Restored(saved.tokens, tokens, f"{path}: {short} tokens are computed again: {why}" if short else "")
+        return sessions.load(Path(path), self._identity, engine, self._runner)
 
     @cached_property
     def _identity(self) -> dict[str, str]:
@@ -463,10 +479,13 @@ class LLM:
 
         kernels = f"{self.kernels} {ops.machine()}{' invariant' if self._table[1] else ''}"
         return {
-            "model": model_identity(self._checkpoint, *self._loaded_as),
+            "model": model_identity(self.checkpoint, *self.loaded_as),
             "kernels": kernels,
             "kv_type": self.kv_type,
         }
+
+    def _about(self) -> About:
+        return {"model": self.name, "kernels": self.kernels, "kv_type": self.kv_type, "notes": self.notes}
 
     def _own_engine(self) -> Engine:
         if self._engine_taken:
@@ -475,14 +494,14 @@ class LLM:
             )
         return self._engine
 
-    def _finish(self, submits: Iterable[Callable[[], int]], choices: int = 1) -> list[_Job]:
+    def _finish(self, submits: Iterable[Callable[[], int]], choices: int = 1) -> list[Job]:
         """Submit requests, as many at once as the engine takes, and step until all are over. Raises what ended one."""
-        jobs: list[_Job] = []
+        jobs: list[Job] = []
         try:
             for submit in submits:
                 while True:
                     try:
-                        job = _Job(submit(), choices)
+                        job = Job(submit(), choices)
                         break
                     except QueueFullError:
                         self._step()
@@ -506,124 +525,31 @@ class LLM:
             if stream is None:
                 self._engine.cancel(progress.request)
             else:
-                stream._arrive(progress)
+                stream.arrive(progress)
 
 
-class _Job:
-    """A request that gives no text: all that was said of it."""
-
-    def __init__(self, request: int, choices: int) -> None:
-        self.request = request
-        self.seen: list[Progress] = []
-        self.error: PunaError | None = None
-        self._left = choices
-
-    @property
-    def over(self) -> bool:
-        """Whether every choice has come to its end."""
-        return not self._left
-
-    def _arrive(self, progress: Progress) -> None:
-        self.seen.append(progress)
-        self.error = self.error or progress.error
-        self._left -= progress.finish is not None or progress.error is not None
+def _mapped(weights: DecoderWeights) -> int:
+    """Bytes of a model that are read from its file when they are used."""
+    return sum(leaf.nbytes for _, leaf in leaves(weights) if mapping(leaf) is not None)
 
 
-class Stream:
-    """One answer under way. Iterating gives text as soon as it is certain; closing it early cancels the request."""
+def scores_of(seen: Sequence[Progress], count: int) -> list[Score]:
+    """What was told of a request for the scores of `count` continuations, as those."""
+    scores = []
+    for choice in range(count):
+        draws = [draw for each in seen if each.choice == choice for draw in each.logprobs or ()]
+        tokens = tuple(TokenLogprob(each.token, cast("float", each.logprob), each.top) for each in draws)
+        greedy = all(each.token == each.top[0][0] for each in tokens)
+        scores.append(Score(sum(each.logprob for each in tokens), greedy, tokens))
+    return scores
 
-    def __init__(self, llm: LLM, request: int, prompt: list[int], follows: list[int], sampling: Sampling) -> None:
-        """`follows`: the ids that the answer's text continues; none where it is a text of its own."""
-        from puna.text.answer import AnswerText
 
-        self._llm, self._request = llm, request
-        self.prompt_ids = prompt
-        """What the answer follows."""
-        self._arrived: deque[Progress] = deque()
-        self._pieces = AnswerText(llm.tokenizer, follows, sampling.stop)
-        self._ids: list[int] = []
-        self._text: list[str] = []
-        self._began = time.perf_counter()
-        self._first: float | None = None
-        self._reused = 0
-        self._answer: Answer | None = None
-        self.prefilled = 0
-        """How many of the prompt's tokens are in the cache so far."""
-
-    def _arrive(self, progress: Progress) -> None:
-        self._arrived.append(progress)
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        while self._answer is None:
-            while not self._arrived:
-                self._llm._step()
-            if piece := self._take(self._arrived.popleft()):
-                return piece
-        raise StopIteration
-
-    def close(self) -> None:
-        """Stop here: the answer is what was made so far, finish reason "cancelled". After the end it does nothing."""
-        if self._answer is None:
-            # What was held back (half a character, the start of a stop string) belongs to what was made.
-            self._text.append(self._pieces.finish())
-            self._end("cancelled")
-
-    @property
-    def open(self) -> bool:
-        """Whether more may come."""
-        return self._answer is None
-
-    @property
-    def answer(self) -> Answer:
-        """The finished answer. Raises UsageError before the stream has ended."""
-        if self._answer is None:
-            raise UsageError("The answer is not finished.", remedy="Iterate over the stream to its end, or close() it.")
-        return self._answer
-
-    def _take(self, progress: Progress) -> str:
-        """What a step made; the text that becomes certain by it, often none. Raises what ended the request."""
-        self.prefilled, self._reused = progress.prefilled, progress.reused
-        if progress.error is not None:
-            self.close()
-            raise progress.error
-        if not progress.tokens and progress.finish is None:
-            return ""
-        self._first = self._first or time.perf_counter()
-        piece, used = self._pieces.push(progress.tokens)
-        self._ids += progress.tokens[:used]
-        finish = "stop" if self._pieces.stopped else progress.finish
-        if finish is not None:
-            piece += self._pieces.finish()
-        self._text.append(piece)
-        if finish is not None:
-            self._end(finish)
-        return piece
-
-    def _end(self, reason: FinishReason) -> None:
-        self._llm._engine.cancel(self._request)
-        now = time.perf_counter()
-        prefill, decode = (self._first or now) - self._began, now - (self._first or now)
-        made = len(self._ids)
-        self._answer = Answer(
-            text="".join(self._text),
-            token_ids=tuple(self._ids),
-            prompt_tokens=len(self.prompt_ids),
-            completion_tokens=made,
-            finish_reason=reason,
-            timings=Timings(
-                prefill,
-                decode,
-                (len(self.prompt_ids) - self._reused) / prefill if prefill > 0 else 0.0,
-                (made - 1) / decode if decode > 0 and made > 1 else 0.0,
-            ),
-            model=self._llm.name,
-            kernels=self._llm.kernels,
-            kv_type=self._llm.kv_type,
-            notes=self._llm.notes,
-        )
+def vector_of(seen: Sequence[Progress], *, normalize: bool) -> Hidden:
+    """What was told of a request for a vector, as that: float32 [dim], of length 1 if `normalize`."""
+    vector = np.array(seen[-1].embedding, np.float32)
+    if normalize:
+        vector /= np.linalg.norm(vector) or 1
+    return vector
 
 
 def _token_ids(prompt: object) -> list[int] | None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from puna.engine import engine as engine_module
+from puna.engine import turns as turns_module
 from puna.engine.engine import Engine
 from puna.engine.native_runner import host_runner
 from puna.engine.runner import HostRunner
@@ -97,7 +97,7 @@ class Watch:
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     made = Watch()
-    monkeypatch.setattr(engine_module, "sample", made.sample)
+    monkeypatch.setattr(turns_module, "sample", made.sample)
     monkeypatch.setattr(StepCost, "share", lambda self, rows: 0.05)  # guesses pay, whatever the machine is at
     return made
 

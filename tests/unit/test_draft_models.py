@@ -32,6 +32,10 @@ def test_the_text_is_the_same(plain: LLM, options: dict[str, str], monkeypatch: 
     assert counts.guessed_tokens > counts.right_guesses >= (80 if "draft" in options else 1)
     assert counts.steps < (20 if "draft" in options else 55)
     llm._engine.check()
+    assert (llm.notes != plain.notes) == ("draft" in options)
+    if "draft" in options:
+        assert llm.cache.draft_pages == -(-llm.config.context_length // 64) < llm.cache.pages
+        assert llm.notes[-1].startswith(f"of the cache's {llm.cache.nbytes / 1e6:,.0f} MB the draft model's takes ")
 
 
 def test_a_draft_of_other_tokens_is_refused(reference: Path) -> None:

@@ -15,26 +15,25 @@ A request's way: `submit` → the scheduler's queue → `plan` (pages, a chunk o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Ids
 from concurrent.futures import Future
-from dataclasses import dataclass
-from heapq import heappop, heappush
-from typing import NamedTuple, get_args
+from heapq import heapify, heappop, heappush
 
-import numpy as np
-import numpy.typing as npt
-
+from puna.engine import scores
 from puna.engine.adapters import Pairs
+from puna.engine.loaded import LoadedAdapters
+from puna.engine.progress import Progress, Statistics, explained
 from puna.engine.runner import Hidden, Logits, Runner
-from puna.engine.sampler import Draw, LogitsError, Sampler, check_tokens, logprobs, sample
+from puna.engine.sampler import Draw, LogitsError, Sampler, check_tokens
 from puna.engine.scheduler import Part, Scheduler
 from puna.engine.sequence import NEVER, Constraint, Request, Sequence
 from puna.engine.speculation import Drafts, Proposer, StepCost, Together, Wanted
-from puna.errors import AdapterError, ContextError, PunaError, QueueFullError, UsageError
+from puna.engine.turns import Turn, draw
+from puna.errors import ContextError, PunaError, QueueFullError, UsageError
 from puna.types import FinishReason, Pooling, Sampling
 
-Mask = npt.NDArray[np.uint32]
+__all__ = ["LOGITS_BYTES", "PREFILL_CHUNK", "SPARE_DEADLINES", "Engine", "Progress", "Statistics"]
 
 PREFILL_CHUNK = 512
 """Tokens a step computes at most: it bounds the memory of activations, and how long every other stream waits."""
@@ -43,77 +42,8 @@ LOGITS_BYTES = 64 << 20
 """Bytes of logits a step makes at most for tokens that are not drawn, where a prompt's or a given answer's are asked
 for: a row of 128,256 words takes half a megabyte."""
 
-
-class Progress(NamedTuple):
-    """What a step did for one choice of one request.
-
-    `tokens` are new and in order: none while the prompt is being read, several where guesses or a grammar gave them. A
-    stop token is not handed out. `logprobs` has one for each token where they were asked for. `finish` or `error` says
-    that it was the last. `prefilled` counts the prompt's tokens in the cache, `reused` of which were there before.
-
-    `prompt_logprobs`, where asked for, are those of the prompt's tokens that became known, from its second on (nothing
-    stands before the first), in order over the reports of choice 0. Of given answers (`submit_score`) `logprobs` are
-    told and no tokens; of an embedding (`submit_embedding`) the last report has it, float32 [dim]. Both end with
-    "length".
-    """
-
-    request: int
-    choice: int
-    tokens: tuple[int, ...] = ()
-    logprobs: tuple[Draw, ...] | None = None
-    finish: FinishReason | None = None
-    prefilled: int = 0
-    reused: int = 0
-    error: PunaError | None = None
-    prompt_logprobs: tuple[Draw, ...] | None = None
-    embedding: Hidden | None = None
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Counts since the engine was made, but for those of now: pages, `running`, `waiting` and `compiling`."""
-
-    pages_free: int
-    pages_cached: int
-    pages_used: int
-    pages_reserved: int
-    """Not to be used: their memory is counted as that of adapters."""
-    running: int
-    waiting: int
-    compiling: int
-    """Requests whose grammar is not ready."""
-    steps: int
-    computed_tokens: int
-    reused_tokens: int
-    made_tokens: int
-    guessed_tokens: int
-    right_guesses: int
-    preemptions: int
-    evictions: int
-    schedule_seconds: float
-    run_seconds: float
-    sample_seconds: float
-
-
-class _Loaded(NamedTuple):
-    """An adapter: its number at the runner, and the pages whose memory it takes."""
-
-    number: int
-    pages: list[int]
-
-
-class _Turn:
-    """One sequence while tokens are drawn for it: `row` has its next logits, `right` counts its right guesses."""
-
-    __slots__ = ("draws", "error", "finish", "guesses", "right", "row", "sequence", "tokens")
-
-    def __init__(self, sequence: Sequence, row: int, guesses: list[int]) -> None:
-        self.sequence, self.row, self.guesses = sequence, row, guesses
-        self.right = 0
-        self.tokens: list[int] = []
-        self.draws: list[Draw] = []
-        self.finish: FinishReason | None = None
-        self.error: PunaError | None = None
+SPARE_DEADLINES = 64
+"""How many deadlines of requests that are over may be kept, beside one for each that is not."""
 
 
 class Engine:
@@ -159,8 +89,7 @@ class Engine:
             prefix_cache=prefix_cache,
             copy_page=runner.copy_page,
         )
-        self._adapters: dict[str, _Loaded] = {}
-        self._loaded = -1
+        self._adapters = LoadedAdapters(runner, self._scheduler)
         self._requests: dict[int, Request] = {}
         self._submitted = 0
         self._compiling: dict[int, Future[Constraint]] = {}  # by number of request
@@ -186,18 +115,25 @@ class Engine:
         """Have a request wait for its turn; returns its number, by which `step` reports it.
 
         Only requests of the same `namespace` share what was computed. The larger `priority` goes first. At `deadline`
-        it ends, wherever it is. A constraint that is not ready holds up nobody else; an error in it ends the request.
-        `adapter` is the name of one that is loaded. Raises what `check_prompt` does, AdapterError for an unknown
+        it ends, wherever it is. `adapter` is the name of one that is loaded. A constraint that is not ready holds up
+        nobody else; an error in it ends the request. Beside one, stop tokens wait for `min_tokens` as long as it allows
+        others; where it does not, the request ends with NothingLeftError.
+        Raises what `check_prompt` does, UsageError for `ignore_eos` beside a constraint, AdapterError for an unknown
         adapter, and QueueFullError when `max_waiting` wait already.
         """
         self.check_prompt(prompt, answer=sampling.max_tokens or 1)
         check_tokens(sampling, self._runner.config.vocab_size)
+        if constraint is not None and sampling.ignore_eos:
+            raise UsageError(
+                "ignore_eos cannot be honoured beside a grammar: an answer that fulfils its grammar has to end.",
+                remedy="Leave one of them out; min_tokens keeps the end away for a while.",
+            )
         limit = self.capacity if sampling.max_tokens is None else len(prompt) + sampling.max_tokens
         # A tokenizer may have more ids than the model: those never come, and have no logit to bar.
         stop_ids = frozenset(token for token in stop_ids if 0 <= token < self._runner.config.vocab_size)
         ends = frozenset[int]() if sampling.ignore_eos else stop_ids
-        number, space = self._adapter(adapter, namespace)
-        request = Request(self._number(), len(prompt), sampling, ends, space, priority, limit, number)
+        number, space, _, which = self._whose(adapter, namespace, priority)
+        request = Request(number, len(prompt), sampling, ends, space, priority, limit, which)
         ready = None if isinstance(constraint, Future) else constraint
         sampler = Sampler(sampling, prompt, stop_ids)
         sequence = Sequence(request, 0, list(prompt), sampler, ready, self._drafts())
@@ -221,19 +157,11 @@ class Engine:
         likeliest token in its place as the one `top`. The prompt is computed once for all. Options and errors are those
         of `submit`; UsageError for a continuation without tokens, and for none.
         """
-        if not continuations or not all(map(len, continuations)):
-            raise UsageError("A continuation has no tokens.", remedy="Give at least one, of one token or more each.")
-        longest = max(map(len, continuations))
-        self.check_prompt(prompt, answer=longest)
+        scores.check_continuations(continuations)
+        self.check_prompt(prompt, answer=max(map(len, continuations)))
         for given in continuations:
             self.check_prompt(given, answer=0)
-        sampling = Sampling(temperature=0, n=len(continuations), logprobs=1)
-        limit, answers = len(prompt) + longest, tuple(map(tuple, continuations))
-        number, space = self._adapter(adapter, namespace)
-        request = Request(
-            self._number(), len(prompt), sampling, frozenset(), space, priority, limit, number, continuations=answers
-        )
-        return self._enter(Sequence(request, 0, list(prompt), Sampler(sampling), None, None), deadline)
+        return self._enter(scores.scored(prompt, continuations, self._whose(adapter, namespace, priority)), deadline)
 
     def submit_embedding(
         self,
@@ -250,21 +178,14 @@ class Engine:
         "cls" computes the first token only, for in this family no token sees those after it. Options and errors are
         those of `submit`; UsageError for an unknown pooling.
         """
-        if pooling not in get_args(Pooling):
-            raise UsageError(
-                f"There is no pooling {pooling!r:.80}.", remedy=f"There are {', '.join(get_args(Pooling))}."
-            )
+        scores.check_pooling(pooling)
         self.check_prompt(prompt, answer=0)
-        tokens = list(prompt[:1] if pooling == "cls" else prompt)
-        sampling = Sampling(temperature=0)
-        number, space = self._adapter(adapter, namespace)
-        request = Request(
-            self._number(), len(tokens), sampling, frozenset(), space, priority, len(tokens), number, pooling=pooling
-        )
-        sequence = Sequence(request, 0, tokens, Sampler(sampling), None, None)
-        if pooling == "mean":
-            sequence.wanted = 0
-        return self._enter(sequence, deadline)
+        return self._enter(scores.embedded(prompt, pooling, self._whose(adapter, namespace, priority)), deadline)
+
+    def _whose(self, adapter: str | None, namespace: str, priority: int) -> scores.Whose:
+        """What a request says of itself. Raises AdapterError and QueueFullError."""
+        number, space = self._adapters.find(adapter, namespace)
+        return scores.Whose(self._number(), space, priority, number)
 
     def _number(self) -> int:
         """The next request's. Raises QueueFullError when too many wait already."""
@@ -275,24 +196,15 @@ class Engine:
         self._submitted += 1
         return self._submitted
 
-    def _adapter(self, name: str | None, namespace: str) -> tuple[int, Hashable]:
-        """An adapter's number at the runner, and the namespace in the prefix cache. Raises AdapterError."""
-        if name is None:
-            return -1, namespace
-        if name not in self._adapters:
-            raise AdapterError(
-                f"There is no adapter {name!r:.80}.",
-                remedy=f"Loaded are: {', '.join(self._adapters)}." if self._adapters else "Load it first.",
-            )
-        number = self._adapters[name].number
-        return number, (namespace, number)
-
     def _enter(self, sequence: Sequence, deadline: float | None, constraint: Future[Constraint] | None = None) -> int:
         request = sequence.request
         request.live.append(sequence)
         self._requests[request.number] = request
         if deadline is not None:
             heappush(self._deadlines, (deadline, request.number))
+            if len(self._deadlines) > 2 * len(self._requests) + SPARE_DEADLINES:  # most are of requests that are over
+                self._deadlines = [entry for entry in self._deadlines if entry[1] in self._requests]
+                heapify(self._deadlines)
         if constraint is None:
             self._scheduler.add(sequence)
         else:
@@ -351,12 +263,24 @@ class Engine:
         """Whether there is nothing to do until the next `submit`."""
         return not self._requests
 
+    @property
+    def blocked(self) -> bool:
+        """Whether all there is to do waits for grammars that are not ready."""
+        return 0 < len(self._compiling) == len(self._requests) and not any(
+            future.done() for future in self._compiling.values()
+        )
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the next deadline, which may be that of a request that is over; None where there is none."""
+        return max(self._deadlines[0][0] - self._clock(), 0.0) if self._deadlines else None
+
     # -- adapters --------------------------------------------------------------------------------------------------
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """The names of those that are loaded."""
-        return tuple(self._adapters)
+        return self._adapters.names
 
     def load_adapter(self, name: str, pairs: Pairs, nbytes: int) -> None:
         """Have requests name an adapter. Its `nbytes` are taken from the KV cache's memory while it is loaded.
@@ -364,43 +288,18 @@ class Engine:
         So many pages stay empty, and requests under way that need them start over; `capacity` may become less. Raises
         AdapterError for a name that is taken, and where the pages left do not hold what one request may come to.
         """
-        if name in self._adapters:
-            raise AdapterError(f"There is an adapter {name!r:.80} already.", remedy="Unload it, or use another name.")
-        runner, scheduler = self._runner, self._scheduler
-        taken = -(-nbytes // runner.page_bytes)
-        pool = scheduler.pool.count - len(scheduler.reserved)
-        left = pool - taken
-        longest = max((request.limit for request in self._requests.values()), default=1)
-        needed = -(-longest // runner.page)
-        if left < needed:
-            whose = "the longest request under way may need" if self._requests else "a request needs"
-            raise AdapterError(
-                f"Adapter {name!r:.80} takes {nbytes} bytes, which are {taken} pages of {runner.page_bytes} of the KV "
-                f"cache's {pool}, and {whose} {needed} of the {max(left, 0)} left.",
-                remedy="Unload another adapter, make the cache larger, or wait for long requests to end.",
-            )
-        self._loaded += 1
-        runner.adapters.load(self._loaded, pairs)  # a number is not used twice: the cache knows pages by it
-        self._adapters[name] = _Loaded(self._loaded, scheduler.reserve(taken))
+        longest = max((request.limit for request in self._requests.values()), default=0)
+        self._adapters.load(name, pairs, nbytes, longest)
         self._measure()
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; its pages are the cache's again. Raises AdapterError while a request uses or awaits it."""
-        number, _ = self._adapter(name, "")
-        users = sum(request.adapter == number for request in self._requests.values())
-        if users:
-            raise AdapterError(
-                f"Adapter {name!r:.80} is in use by {users} request{'s' if users > 1 else ''}.",
-                remedy="Unload it when they have ended, or cancel them.",
-            )
-        self._runner.adapters.drop(number)
-        self._scheduler.give_back(self._adapters.pop(name).pages)
+        self._adapters.unload(name, [request.adapter for request in self._requests.values()])
         self._measure()
 
     def _measure(self) -> None:
-        runner, scheduler = self._runner, self._scheduler
-        pages = scheduler.pool.count - len(scheduler.reserved)
-        self.capacity = min(runner.config.context_length, pages * runner.page)
+        config = self._runner.config
+        self.capacity = min(config.context_length, self._adapters.pages_left * self._runner.page)
 
     # -- a step ----------------------------------------------------------------------------------------------------
 
@@ -413,6 +312,9 @@ class Engine:
         reports: list[Progress] = []
         self._expire(reports)
         self._collect_constraints(reports)
+        # Until there is a batch the books of everybody who runs are at work; after that only pages of those in it are
+        # written, of which nobody knows which are whole, or whose row was at fault.
+        concerned = self._scheduler.running
         try:
             if self._together is not None:
                 self._guess_together(self._together)
@@ -420,11 +322,12 @@ class Engine:
             if not parts:
                 return reports
             batch = self._scheduler.batch(parts)
+            concerned = [part.sequence for part in parts]
             planned = time.perf_counter()
             pooling = parts[0].sequence.request.pooling is not None
             rows = self._runner.hidden(batch) if pooling else self._runner.run(batch)
         except Exception as error:  # reported to each of the requests that it may concern
-            for sequence in list(self._scheduler.running):
+            for sequence in list(concerned):
                 self._fail(sequence, error, reports)
             return reports
         ran = time.perf_counter()
@@ -488,7 +391,7 @@ class Engine:
 
     def _draw_all(self, parts: list[Part], logits: Logits, reports: list[Progress]) -> None:
         """Note what was computed, draw what comes next, and report it."""
-        turns: list[_Turn] = []
+        turns: list[Turn] = []
         row = 0
         for sequence, start, length, guesses in parts:
             first = max(start, sequence.first)
@@ -501,21 +404,19 @@ class Engine:
                     self._score(sequence, first, seen, reports)
                     continue
                 if sequence.wanted <= first:
-                    self._read_prompt(sequence, first, seen)
+                    scores.read_prompt(sequence, first, seen)
             except LogitsError as error:
-                self._fail(sequence, _explained(error, f"After {first + error.row + 1} tokens {error}."), reports)
+                self._fail(sequence, explained(error, f"After {first + error.row + 1} tokens {error}."), reports)
                 continue
             if sequence.computed < len(sequence.tokens):
                 reports.append(self._report(sequence))
                 continue
             row -= 1
-            turns.append(_Turn(sequence, row, guesses))
+            turns.append(Turn(sequence, row, guesses))
             if len(sequence.tokens) == sequence.request.prompt:
-                turns += [_Turn(twin, row, []) for twin in self._fork(sequence)]
+                turns += [Turn(twin, row, []) for twin in self._fork(sequence)]
             row += 1 + len(guesses)
-        going = turns
-        while going:  # the second round draws after the first guess of those whose first guess was right, and so on
-            going = self._draw(going, logits)
+        draw(turns, logits)
         for turn in turns:
             sequence = turn.sequence
             if sequence.choice in sequence.request.unwanted:
@@ -533,33 +434,22 @@ class Engine:
                 self._scheduler.commit(sequence)
                 self._scheduler.trim(sequence)
 
-    def _read_prompt(self, sequence: Sequence, first: int, logits: Logits) -> None:
-        """Note how likely the prompt's tokens were, given the logits after its tokens from `first` on."""
-        request, end = sequence.request, first + len(logits)
-        following = sequence.tokens[first + 1 : min(end + 1, request.prompt)]  # after the last, one is drawn
-        sequence.read = _draws(logits[: len(following)], following, request.sampling.prompt_logprobs or 0)
-        sequence.wanted = end if end < request.prompt else NEVER
-
     def _score(self, sequence: Sequence, first: int, logits: Logits, reports: list[Progress]) -> None:
         """Tell how likely the tokens of given answers are, given the logits after the tokens from `first` on."""
         request = sequence.request
         if not len(logits):
             reports.append(self._report(sequence))
             return
-        at = first + 1 - request.prompt
-        end = at + len(logits)
-        told = [_draws(logits, request.continuations[sequence.choice][at:end], 1)]
-        going = [sequence]
-        if len(sequence.tokens) == request.prompt:  # the same logits are for each answer's first token
-            going += self._fork(sequence)
-            told += [_draws(logits, given[at:end], 1) for given in request.continuations[1:]]
-            for each in going:
+        forks = len(sequence.tokens) == request.prompt  # the same logits are for each answer's first token
+        choices = range(request.choices) if forks else (sequence.choice,)
+        told = [scores.score(sequence, choice, first, logits) for choice in choices]
+        going = [sequence, *(self._fork(sequence) if forks else ())]
+        for each, (draws, last) in zip(going, told, strict=True):
+            if forks:
                 each.tokens += request.continuations[each.choice][:-1]
-        for each, draws in zip(going, told, strict=True):
             each.wanted = first + len(logits)
-            finish: FinishReason | None = "length" if end == len(request.continuations[each.choice]) else None
-            reports.append(self._report(each, draws=draws, finish=finish))
-            if finish is not None:
+            reports.append(self._report(each, draws=draws, finish="length" if last else None))
+            if last:
                 self._end(each)
 
     def _pool_all(self, parts: list[Part], hidden: Hidden, reports: list[Progress]) -> None:
@@ -567,88 +457,20 @@ class Engine:
         row = 0
         for sequence, start, length, _ in parts:
             end = start + length
-            seen = hidden[row : row + max(end - max(start, sequence.first), 0)].astype(np.float64)
+            seen = hidden[row : row + max(end - max(start, sequence.first), 0)]
             row += len(seen)
             sequence.computed = end
             self._scheduler.commit(sequence)
-            mean = sequence.request.pooling == "mean"
-            for state in seen:  # one after another: the sum is then the same however the prompt was cut
-                sequence.pooled = sequence.pooled + state if mean and sequence.pooled is not None else state
-            if mean and len(seen):  # else it starts over, and is not as far as it was
-                sequence.wanted = end
-            if end < len(sequence.tokens) or sequence.pooled is None:
-                reports.append(self._report(sequence))
+            try:
+                vector = scores.pool(sequence, end, seen)
+            except FloatingPointError as error:
+                self._fail(sequence, explained(error, f"After {end} tokens {error}."), reports)
                 continue
-            vector = (sequence.pooled / (end if mean else 1)).astype(np.float32)
-            if not np.isfinite(vector).all():
-                error = FloatingPointError("the model's hidden states are not numbers")
-                self._fail(sequence, _explained(error, f"After {end} tokens {error}."), reports)
+            if vector is None:
+                reports.append(self._report(sequence))
                 continue
             reports.append(self._report(sequence, finish="length")._replace(embedding=vector))
             self._end(sequence)
-
-    def _draw(self, turns: list[_Turn], logits: Logits) -> list[_Turn]:
-        """Draw a token for each and add it to its sequence; returns those that go on, for their guess was right."""
-        if not turns:
-            return []
-        masks: list[Mask | None] = []
-        for turn in turns:
-            constraint = turn.sequence.constraint
-            try:
-                masks.append(None if constraint is None else constraint.mask())
-            except Exception as error:  # the others do not pay for one grammar
-                turn.error = _explained(error)
-                return self._draw([turn for turn in turns if turn.error is None], logits)
-        rows = [turn.row for turn in turns]
-        everything = rows == list(range(len(logits)))
-        try:
-            draws = sample(logits if everything else logits[rows], [turn.sequence.sampler for turn in turns], masks)
-        except Exception as error:  # one that names its row ends that sequence alone
-            row: int | None = getattr(error, "row", None)
-            for turn in turns if row is None else [turns[row]]:
-                turn.error = _explained(error, f"After {turn.sequence.computed} tokens {error}.")
-            return self._draw([turn for turn in turns if turn.error is None], logits)
-        going = []
-        for turn, draw in zip(turns, draws, strict=True):
-            try:
-                if self._add(turn, draw):
-                    going.append(turn)
-            except Exception as error:
-                turn.error = _explained(error)
-        return going
-
-    def _add(self, turn: _Turn, draw: Draw) -> bool:
-        """Add a drawn token, and what a grammar forces after it; whether all were guessed, so that the walk goes on."""
-        sequence, constraint = turn.sequence, turn.sequence.constraint
-        request = sequence.request
-        telling = request.logprobs
-        guessed = True
-        new = [draw.token]
-        for token in new:
-            if token in request.stop_ids:
-                turn.finish = "stop"
-                return False
-            sequence.tokens.append(token)
-            sequence.sampler.accept(token)
-            turn.tokens.append(token)
-            if telling:
-                turn.draws.append(draw)
-            if len(sequence.tokens) == request.limit:
-                turn.finish = "context" if request.sampling.max_tokens is None else "length"
-                return False
-            if constraint is not None:
-                constraint.accept(token)
-                if constraint.finished:
-                    turn.finish = "stop"
-                    return False
-                if len(new) == 1 and not telling:  # a token that is not drawn has no probability to tell
-                    new += constraint.forced()
-            guessed = guessed and turn.right < len(turn.guesses) and turn.guesses[turn.right] == token
-            if guessed:  # its keys and values are in place, and the next row's logits are those after it
-                turn.right += 1
-                turn.row += 1
-                sequence.computed += 1
-        return guessed
 
     def _fork(self, sequence: Sequence) -> list[Sequence]:
         """The other choices, at the moment when the prompt is computed and nothing is drawn."""
@@ -685,7 +507,7 @@ class Engine:
         )
 
     def _fail(self, sequence: Sequence, error: Exception, reports: list[Progress]) -> None:
-        reports += self._reports_of_end(sequence, error=_explained(error))
+        reports += self._reports_of_end(sequence, error=explained(error))
         self._end(sequence, keep=False)
 
     def _reports_of_end(
@@ -755,10 +577,7 @@ class Engine:
         scheduler.check()
         live = [sequence for request in self._requests.values() for sequence in request.live]
         compiling = [sequence for number in self._compiling for sequence in self._requests[number].live]
-        reserved = sorted(page for adapter in self._adapters.values() for page in adapter.pages)
-        assert reserved == sorted(scheduler.reserved), "an adapter's pages are lost"
-        numbers = {adapter.number for adapter in self._adapters.values()}
-        assert {request.adapter for request in self._requests.values()} <= {-1, *numbers}, "an adapter in use is gone"
+        self._adapters.check({request.adapter for request in self._requests.values()})
         assert len(live) == len(scheduler.running) + scheduler.waiting + len(compiling), "a sequence is lost"
         assert all(sequence.request.live for sequence in scheduler.running), "a finished request runs"
         for sequence in live:
@@ -766,22 +585,3 @@ class Engine:
             assert len(sequence.tokens) < limit, "a sequence is longer than it may be"
             assert sequence.wanted == NEVER or sequence.computed <= sequence.first, "a row that is wanted was passed"
             assert sequence.reused < sequence.request.prompt, "the prompt's last token was not computed"
-
-
-def _draws(logits: Logits, tokens: Ids[int], top: int) -> tuple[Draw, ...]:
-    """What the model gave each of `tokens`, and the `top` likeliest in its place. Raises LogitsError."""
-    return tuple(Draw(known.token, known.logprob, known.top) for known in logprobs(logits, tokens, top))
-
-
-def _explained(error: Exception, message: str = "") -> PunaError:
-    """The error as one of ours; `message` words logits that are not numbers."""
-    if isinstance(error, PunaError):
-        return error
-    if isinstance(error, FloatingPointError):
-        remedy = "The weights are damaged or of the wrong type; try --dtype fp32, or fetch the model again."
-    else:
-        message = f"A step of the engine failed: {type(error).__name__}: {error}."
-        remedy = "What else is running goes on. This is a defect; PUNA_DEBUG=1 shows where."
-    known = PunaError(message, remedy=remedy)
-    known.__cause__ = error
-    return known

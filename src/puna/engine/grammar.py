@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from puna.engine.call_grammar import calls_lark
 from puna.engine.ecma_regex import MAX_UNROLLED, literal, unrolled
 from puna.engine.json_schema import MAX_PATTERNS_AT_ONCE, normalise
 from puna.errors import GrammarError
@@ -384,6 +385,8 @@ def _source(spec: Grammar, library: Any) -> str:
         schema = normalise(spec.text)
         # llguidance takes options with an object only: true is {}.
         return str(library.LLMatcher.grammar_from_json_schema({} if schema is True else schema, overrides=_JSON_STYLE))
+    if spec.kind == "pythonic":
+        return str(library.LLMatcher.grammar_from_lark(calls_lark(spec.text, _JSON_STYLE)))
     if len(spec.text) > MAX_CHARACTERS:
         raise GrammarError(
             f"The {spec.kind} has {len(spec.text):,} characters, more than the {MAX_CHARACTERS:,} that are read.",

@@ -512,7 +512,8 @@ def _alone(row: Row, sampler: Sampler) -> tuple[Ids | None, Reals]:
         ids = np.flatnonzero(row >= bound) if ids is None else ids[row[ids] >= bound]
     if ids is None and s.top_p == 1 and s.min_p > 0:  # the bulk goes before the exponentials; what is near stays
         with np.errstate(over="ignore"):
-            ids = np.flatnonzero(row >= float(row.max()) + s.temperature * np.log(s.min_p) * 1.001 - 0.01)
+            near = s.temperature * (np.log(s.min_p) * 1.001 - 1e-12)  # beyond 1e15 all are equal to the last bit
+            ids = np.flatnonzero(row >= float(row.max()) + near - 0.01)
     scores = row if ids is None else row[ids]
     if s.top_p < 1:
         inside = _nucleus(scores, s.top_p, s.temperature)

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+
 WIDEST = 7
 """Guesses at a time at most. With the token before them they are as many as attention computes the way it computes one
 (FEW_TOKENS of kernels/cpu/attention.inl); a ninth would change the logits' last bits, and now and then a greedy answer.
@@ -54,29 +56,36 @@ class Together(Protocol):
 class PromptLookup:
     """Guesses that what followed the last few tokens before follows them again (Saxena 2023, "prompt lookup").
 
-    The longest run of tokens that was seen before counts, and of its places the newest. The index grows with the
-    sequence, a few dictionary entries a token.
+    The longest run of tokens that was seen before counts, and of its places the newest. Nothing is indexed: comparing
+    100,000 tokens with one takes NumPy 0.05 ms, and the first look at so many 2 ms, where making an index took 70.
     """
 
     RUNS = (4, 2)
     """Lengths of the runs it looks for, longest first."""
 
     def __init__(self) -> None:
-        self._after: tuple[dict[tuple[int, ...], int], ...] = tuple({} for _ in self.RUNS)
-        self._indexed = 0
+        self._ids = np.empty(0, np.int32)
+        self._seen = 0
 
     def propose(self, tokens: list[int], most: int) -> list[int]:
-        """See Proposer. Costs by how many tokens are new."""
-        # The run that ends the sequence is indexed only when something follows it: it must not find itself.
-        for run, after in zip(self.RUNS, self._after, strict=True):
-            for end in range(max(self._indexed, run), len(tokens)):
-                after[tuple(tokens[end - run : end])] = end
-        self._indexed = len(tokens)
-        for run, after in zip(self.RUNS, self._after, strict=True):
-            at = after.get(tuple(tokens[-run:]))
-            if at is not None:
-                return tokens[at : at + most]
-        return []
+        """See Proposer."""
+        count = len(tokens)
+        if count > len(self._ids):
+            self._ids = np.resize(self._ids, max(2 * count, 1024))
+        self._ids[self._seen : count] = tokens[self._seen :]
+        self._seen = count
+        ids = self._ids[:count]
+        # Places behind a run; the run that ends the text has nothing behind it, and must not find itself.
+        places = np.flatnonzero(ids[:-1] == ids[-1]) + 1
+        best = 0
+        for length in range(2, min(max(self.RUNS), count) + 1):
+            places = places[places >= length]
+            places = places[ids[places - length] == ids[count - length]]
+            if not len(places):
+                break
+            if length in self.RUNS:
+                best = int(places[-1])
+        return tokens[best : best + most] if best else []
 
 
 class StepCost:

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,9 +24,6 @@ from puna.types import Pooling, Sampling
 
 STUCK_AFTER = 600.0
 """Seconds: longer than any step on a machine that one would use (512 tokens of a 70B model on a laptop: minutes)."""
-
-PAUSE = 0.005
-"""Seconds between two looks at whether a grammar is ready, while there is nothing else to do."""
 
 Listener = Callable[[Progress | PunaError], None]
 """Told everything that happens to a request, from the engine's thread or the watchdog's; an error is the last thing."""
@@ -42,13 +40,20 @@ class _Told:
 
 
 class EngineThread:
-    """Owns `engine` from now on. `settle` is called before each step, for choices that hold for the whole process."""
+    """Owns `engine` from now on. `settle` is called before each step, for choices that hold for the whole process;
+    `step_told` is entered while listeners are told of one, so that they can pass all of it on at once."""
 
     def __init__(
-        self, engine: Engine, *, stuck_after: float = STUCK_AFTER, settle: Callable[[], None] = lambda: None
+        self,
+        engine: Engine,
+        *,
+        stuck_after: float = STUCK_AFTER,
+        settle: Callable[[], None] = lambda: None,
+        step_told: AbstractContextManager[object] | None = None,
     ) -> None:
         self._engine = engine
         self._settle = settle
+        self._step_told = step_told or nullcontext()
         self._stuck_after = stuck_after
         # Guards all that follows; held for moments only, never during a step or while a listener is called.
         self._lock = threading.Lock()
@@ -75,7 +80,15 @@ class EngineThread:
         StoppedError where the engine serves no more.
         """
         choices = sampling.best_of or sampling.n
-        return self._begin(listener, choices, lambda engine: engine.submit(prompt, sampling, **options))
+        submitted = self._begin(listener, choices, lambda engine: engine.submit(prompt, sampling, **options))
+        if isinstance(constraint := options.get("constraint"), Future):
+            constraint.add_done_callback(self._ready)
+        return submitted
+
+    def _ready(self, constraint: Future[Any]) -> None:
+        """A grammar is ready, or never will be: the thread may be waiting for it."""
+        with self._wake:
+            self._wake.notify_all()
 
     def submit_score(
         self, listener: Listener, prompt: Sequence[int], continuations: Sequence[Sequence[int]], **options: Any
@@ -216,12 +229,13 @@ class EngineThread:
                 if self._health == "stuck":
                     self._health, self._down = "ready", None
             return
-        for item in progress:
-            self._tell(item)
-        if not progress:  # all that is asked for waits for a grammar, which others compile
+        with self._step_told:
+            for item in progress:
+                self._tell(item)
+        if not progress:
             with self._wake:
-                if not self._commands and self._health == "ready":
-                    self._wake.wait(PAUSE)
+                if not self._commands and self._health == "ready" and self._engine.blocked:
+                    self._wake.wait(self._engine.seconds_left)  # others compile, and `_ready` says when
 
     def _tell(self, item: Progress) -> None:
         with self._lock:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from puna.engine import engine as engine_module
+from puna.engine import turns as turns_module
 from puna.engine.draft import DraftModel
 from puna.engine.engine import Engine
 from puna.engine.prefix import common
@@ -456,5 +456,5 @@ class Traffic:
 
 def install(patch: Any) -> None:
     """Have engines draw with the `sample` above, and a guess cost the same on every machine."""
-    patch.setattr(engine_module, "sample", sample)
+    patch.setattr(turns_module, "sample", sample)
     patch.setattr(StepCost, "share", lambda self, rows: 0.05)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from checksum_model import CONTEXT, VOCAB, ChecksumRunner, HalfRight, Rule, install, plainly
 
-from puna.engine import engine as engine_module
 from puna.engine import scheduler
-from puna.engine.engine import Engine, Progress
-from puna.errors import ContextError, DeviceError, PunaError, QueueFullError, UsageError
+from puna.engine import turns as turns_module
+from puna.engine.engine import SPARE_DEADLINES, Engine, Progress
+from puna.engine.sampler import sample as real_sample
+from puna.errors import ContextError, DeviceError, NothingLeftError, PunaError, QueueFullError, UsageError
 from puna.types import Sampling
 
 
@@ -348,6 +349,21 @@ def test_an_error_in_a_step_ends_those_it_may_concern(monkeypatch: pytest.Monkey
     assert engine.statistics().pages_used == 0
 
 
+def test_a_step_that_fails_leaves_alone_whom_it_did_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make(step_tokens=8)
+    for salt in range(3):
+        engine.submit(prompt_of(12, salt), greedy(5))
+    engine.step()
+    assert engine.statistics().running == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "run", lambda batch: 1 / 0)
+        reports = engine.step()  # four tokens are left of the first, four fit of the second
+    assert [report.request for report in reports] == [1, 2]
+    engine.check()
+    assert finish(engine)[3, 0][0] == plainly(prompt_of(12, 2), 5)[0]
+    assert finish(engine) == {}
+
+
 def test_logits_that_are_not_numbers_end_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     def sample(logits: np.ndarray, samplers: Any, masks: Any) -> Any:
         bad = [i for i, row in enumerate(logits) if row.argmax() == broken]
@@ -357,9 +373,9 @@ def test_logits_that_are_not_numbers_end_one_request(monkeypatch: pytest.MonkeyP
             raise error
         return good(logits, samplers, masks)
 
-    good: Any = engine_module.sample  # type: ignore[attr-defined]
+    good: Any = turns_module.sample  # type: ignore[attr-defined]
     broken = plainly([1], 1)[0][0]
-    monkeypatch.setattr(engine_module, "sample", sample)
+    monkeypatch.setattr(turns_module, "sample", sample)
     engine = make()
     for prompt in ([1], [2], [3]):
         engine.submit(prompt, greedy(1))
@@ -382,6 +398,75 @@ def test_a_grammar_that_fails_ends_its_own_request(monkeypatch: pytest.MonkeyPat
     first, second = engine.step()
     assert "lost" in str(first.error)
     assert (list(second.tokens), second.error) == (plainly([2], 1)[0], None)
+
+
+class Sentence(Rule):
+    """Three tokens, each of which may be a 7 or a 9; after two it may end (with a 0), after three it has to."""
+
+    def __init__(self, said: int = 0) -> None:
+        self.said = said
+
+    @property
+    def finished(self) -> bool:  # type: ignore[override]
+        return self.said == 3
+
+    def mask(self) -> np.ndarray:
+        return np.array([1 << 7 | 1 << 9 | (self.said > 1), 0], np.uint32)
+
+    def accept(self, token: int) -> None:
+        self.said += 1
+
+    def forced(self) -> list[int]:
+        return []
+
+
+@pytest.mark.parametrize(("least", "made"), [(0, 2), (2, 2), (3, 3), (4, 3)])
+def test_a_grammar_ends_no_sooner_than_asked(least: int, made: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns_module, "sample", real_sample)
+    engine = make()
+    sampling = greedy(logit_bias=((0, 50.0),), min_tokens=least)  # it would end as soon as it may
+    tokens, last = answer(engine, [5, 6], sampling, stop_ids=frozenset({0}), constraint=Sentence())
+    assert len(tokens) == made
+    assert set(tokens) <= {7, 9}
+    if least < 4:
+        assert (last.finish, last.error) == ("stop", None)
+    else:
+        assert isinstance(last.error, NothingLeftError)
+        assert "after 3 tokens, nothing may follow, and min_tokens asks for 4" in str(last.error)
+    engine.check()
+
+
+def test_a_grammar_cannot_ignore_its_end() -> None:
+    engine = make()
+    with pytest.raises(UsageError, match="ignore_eos cannot be honoured beside a grammar"):
+        engine.submit([5], greedy(ignore_eos=True), constraint=Rule())
+    assert engine.idle
+
+
+def test_deadlines_of_requests_that_are_over_do_not_pile_up() -> None:
+    engine = make(clock=lambda: 0.0)
+    kept = engine.submit([1], greedy(5), deadline=1e9)
+    for i in range(1000):
+        engine.cancel(engine.submit([1], greedy(5), deadline=1e6 + i))
+    assert len(engine._deadlines) <= SPARE_DEADLINES + 2
+    assert (1e9, kept) in engine._deadlines
+
+
+def test_it_says_when_grammars_are_all_it_waits_for() -> None:
+    now = 3.0
+    engine = make(clock=lambda: now)
+    assert (engine.blocked, engine.seconds_left) == (False, None)
+    grammar: Future[Any] = Future()
+    engine.submit([1, 2], greedy(1), constraint=grammar, deadline=5)
+    assert (engine.blocked, engine.seconds_left) == (True, 2.0)
+    engine.submit([3, 4], greedy(1))
+    assert not engine.blocked
+    engine.step()
+    assert engine.blocked
+    now = 9.0
+    assert engine.seconds_left == 0
+    grammar.set_result(Rule())
+    assert not engine.blocked
 
 
 def test_the_books_are_checked() -> None:

@@ -11,7 +11,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import (
     MinPLogitsWarper,
@@ -26,7 +26,7 @@ from puna.engine.sampler import FEW, LogitsError, Sampler, check_tokens, distrib
 from puna.engine.samplers import definitions
 from puna.engine.samplers.uniform import mix, uniform
 from puna.errors import NothingLeftError, UsageError
-from puna.types import Sampling, SamplingOptions
+from puna.types import LONGEST_STOP, MOST_IDS, MOST_STOPS, Sampling, SamplingOptions
 
 PLAIN = Sampling(temperature=1.0, top_p=1.0, seed=1)
 
@@ -496,6 +496,18 @@ def test_where_nothing_may_come_a_typed_error_names_the_row(temperature: float) 
     logits=st.sampled_from(["random", "equal", "two", "one", "huge"]),
 )  # fmt: skip
 @settings(max_examples=250, deadline=None)
+@example(size=66, seed=0, temperature=1e30, top_k=66, top_p=1.0, min_p=1.0, others={}, logits="random")
+@example(size=66, seed=0, temperature=1e30, top_k=0, top_p=1.0, min_p=1.0, others={}, logits="random")
+@example(
+    size=2,
+    seed=1,
+    temperature=1e30,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    others={"xtc_probability": 1.0, "xtc_threshold": 0.0},
+    logits="random",
+)
 @pytest.mark.filterwarnings("error")
 def test_every_end_gives_a_token_that_is_defined(
     size: int,
@@ -522,7 +534,8 @@ def test_every_end_gives_a_token_that_is_defined(
     wanted = definitions.distribution(row, s, coin=0.0 if sampler.coin() else 1.0)
     [draw] = sample(row[None], [sampler])
     assert row[draw.token] > -np.inf
-    assert wanted[draw.token] > 0 or top_p < 1  # whose border may move by rounding
+    # top_p's border may move by rounding; and where all are equal to the last bit, which one XTC leaves is rounding's.
+    assert wanted[draw.token] > 0 or top_p < 1 or (temperature > 1e15 and sampler.coin())
     ours = distribution(row, sampler)
     assert ours[draw.token] > 0
     assert ours.sum() == pytest.approx(1)
@@ -561,6 +574,20 @@ def test_a_value_out_of_range_is_refused_by_name(field: str, value: object) -> N
     with pytest.raises(UsageError, match=f"{field} must be ") as caught:
         Sampling(**{field: value})
     assert caught.value.remedy
+
+
+def test_how_much_may_be_named_is_bounded() -> None:
+    many = tuple(range(MOST_IDS))
+    Sampling(stop=("x" * LONGEST_STOP,) * MOST_STOPS, banned_tokens=many, logit_bias=tuple((i, 1.0) for i in many))
+    for field, value, why in (
+        ("stop", ("x",) * (MOST_STOPS + 1), "stop has 65 strings, and 64 at most"),
+        ("stop", ("x" * (LONGEST_STOP + 1),), "A stop string has 4097 characters, and 4096 at most"),
+        ("banned_tokens", (*many, 0), "banned_tokens has 16385 tokens"),
+        ("dry_sequence_breakers", (*many, 0), "dry_sequence_breakers has 16385 tokens"),
+        ("logit_bias", tuple((i, 1.0) for i in range(MOST_IDS + 1)), "logit_bias has 16385 tokens"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            Sampling(**{field: value})
 
 
 def test_values_that_do_not_go_together_are_refused() -> None:

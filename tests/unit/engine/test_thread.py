@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from queue import Queue
 from typing import Any
 
@@ -13,7 +14,7 @@ from checksum_model import ChecksumRunner, embedded
 
 from puna.engine.engine import Engine, Progress
 from puna.engine.thread import EngineThread
-from puna.errors import PunaError, StoppedError, UsageError
+from puna.errors import GrammarError, PunaError, StoppedError, UsageError
 from puna.types import Sampling
 
 
@@ -27,6 +28,8 @@ class Script:
         self.gate.set()
         self.fail: Exception | None = None
         self.cancelled: list[int] = []
+
+    blocked = False
 
     @property
     def idle(self) -> bool:
@@ -197,18 +200,29 @@ def test_a_step_that_came_back_is_not_stuck(thread: EngineThread) -> None:
     assert ask(thread, 1)[1].get(timeout=5).finish == "length"
 
 
-def test_waiting_for_a_grammar_takes_no_processor(thread: EngineThread, script: Script) -> None:
+def test_waiting_for_a_grammar_takes_no_processor_and_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(ChecksumRunner(), pages=20)
     steps = 0
 
-    def nothing() -> list[Progress]:
+    def step() -> list[Progress]:
         nonlocal steps
         steps += 1
-        return []
+        return Engine.step(engine)
 
-    script.step = nothing  # type: ignore[method-assign]
-    ask(thread, 1)
+    monkeypatch.setattr(engine, "step", step)
+    thread = EngineThread(engine)
+    heard: Queue[Any] = Queue()
+    grammar: Future[Any] = Future()
+    thread.submit(heard.put, [3, 1, 4], Sampling(max_tokens=1), constraint=grammar).result(5)
     time.sleep(0.1)
-    assert 2 <= steps <= 60
+    assert steps <= 2
+    grammar.set_exception(GrammarError("no such rule"))
+    assert "no such rule" in str(heard.get(timeout=5).error)
+    late = time.monotonic() + 0.05
+    thread.submit(heard.put, [3], Sampling(max_tokens=1), constraint=Future(), deadline=late).result(5)
+    assert heard.get(timeout=5).finish == "deadline"  # though nothing else happens
+    assert steps < 20
+    assert thread.close(5)
 
 
 def test_scores_and_embeddings_are_heard_to_their_ends() -> None:

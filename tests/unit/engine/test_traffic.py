@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from checksum_model import ChecksumRunner, Traffic, install
 
-from puna.engine.engine import Engine
+from puna.engine import turns
+from puna.engine.loaded import LoadedAdapters
 from puna.engine.pages import PagePool
 from puna.engine.prefix import Node, PrefixCache
 from puna.engine.scheduler import Scheduler
@@ -53,9 +54,9 @@ def test_answers_are_those_of_one_at_a_time() -> None:
 
 @pytest.mark.slow
 def test_a_million_steps_in_five_minutes() -> None:
-    began = time.perf_counter()
+    began = time.process_time()  # of this process alone: others may be at work
     worlds(1_000_000, first=10_000)
-    assert time.perf_counter() - began < 300
+    assert time.process_time() - began < 300
 
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -67,7 +68,7 @@ def defect(plant: Plant) -> Plant:
     return plant
 
 
-def instead(patch: pytest.MonkeyPatch, owner: type, name: str, make: Callable[[Any], Any]) -> None:
+def instead(patch: pytest.MonkeyPatch, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     patch.setattr(owner, name, make(getattr(owner, name)))
 
 
@@ -204,15 +205,15 @@ def a_whole_prompt_is_taken_from_the_cache(patch: pytest.MonkeyPatch) -> None:
 @defect
 def a_wrong_guess_counts_as_computed(patch: pytest.MonkeyPatch) -> None:
     def add(old: Callable[..., bool]) -> Callable[..., bool]:
-        def add(self: Engine, turn: Any, draw: Any) -> bool:
-            goes_on = old(self, turn, draw)
+        def add(turn: Any, draw: Any) -> bool:
+            goes_on = old(turn, draw)
             if not goes_on and turn.finish is None and turn.right < len(turn.guesses):
                 turn.sequence.computed += 1
             return goes_on
 
         return add
 
-    instead(patch, Engine, "_add", add)
+    instead(patch, turns, "_add", add)
 
 
 @defect
@@ -251,19 +252,19 @@ def an_embedding_that_starts_over_counts_twice(patch: pytest.MonkeyPatch) -> Non
 
 @defect
 def adapters_share_a_prefix_cache(patch: pytest.MonkeyPatch) -> None:
-    instead(patch, Engine, "_adapter", lambda old: lambda self, name, space: (old(self, name, space)[0], space))
+    instead(patch, LoadedAdapters, "find", lambda old: lambda self, name, space: (old(self, name, space)[0], space))
 
 
 @defect
 def an_adapters_number_is_used_again(patch: pytest.MonkeyPatch) -> None:
     def unload(old: Callable[..., None]) -> Callable[..., None]:
-        def unload(self: Engine, name: str) -> None:
-            old(self, name)
-            self._loaded = max((adapter.number for adapter in self._adapters.values()), default=-1)
+        def unload(self: LoadedAdapters, name: str, used: list[int]) -> None:
+            old(self, name, used)
+            self._last = max((adapter.number for adapter in self._by_name.values()), default=-1)
 
         return unload
 
-    instead(patch, Engine, "unload_adapter", unload)
+    instead(patch, LoadedAdapters, "unload", unload)
 
 
 @defect
@@ -288,12 +289,12 @@ def an_adapters_pages_are_taken_twice(patch: pytest.MonkeyPatch) -> None:
 
 @defect
 def an_adapter_in_use_may_go(patch: pytest.MonkeyPatch) -> None:
-    def unload(self: Engine, name: str) -> None:
-        adapter = self._adapters.pop(name)
+    def unload(self: LoadedAdapters, name: str, used: list[int]) -> None:
+        adapter = self._by_name.pop(name)
         self._runner.adapters.drop(adapter.number)
         self._scheduler.give_back(adapter.pages)
 
-    patch.setattr(Engine, "unload_adapter", unload)
+    patch.setattr(LoadedAdapters, "unload", unload)
 
 
 @pytest.mark.parametrize("plant", DEFECTS.values(), ids=DEFECTS)
