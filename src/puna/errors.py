@@ -77,6 +77,14 @@ class AdapterError(UserError):
     """An adapter that is not loaded, cannot be yet, or is in use."""
 
 
+class UnknownModelError(UserError):
+    """A request names a model that is not served here."""
+
+
+class NoRoomError(PunaError):
+    """A model that does not fit the memory beside what must stay; the message has the arithmetic."""
+
+
 class HubError(UserError):
     """A model that could not be found or fetched."""
 

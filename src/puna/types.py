@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Literal, Protocol, TypedDict, get_args
+from typing import Literal, Protocol, TypedDict, get_args, runtime_checkable
 
 from puna.errors import ChatFormatError, UsageError
 
@@ -41,6 +42,12 @@ KERNELS = ("auto", "reference", "scalar", "avx2", "avx512", "neon")
 
 KV_TYPES = ("auto", "fp32", "bf16", "fp16", "q8_0")
 """What `--kv-type` takes: how the cache keeps keys and values. auto is fp32 where all matrices are, else fp16."""
+
+MOST_STOPS, LONGEST_STOP = 64, 4096
+"""Stop strings at most, and characters of one: each is looked for after every piece of an answer."""
+
+MOST_IDS = 1 << 14
+"""Token ids that a request may bias, ban or name as DRY's breakers at most: a step goes over them for each answer."""
 
 MOST_CHOICES = 128
 """Answers to one prompt at most, as in OpenAI's API: each is a sequence of the engine's."""
@@ -104,6 +111,12 @@ class Sampling:
         def number(value: object) -> bool:  # NumPy's count, True does not
             return isinstance(value, Real) and not isinstance(value, bool)
 
+        def bounded(values: Sequence[object], most: int, name: str, what: str) -> None:
+            if len(values) > most:
+                raise UsageError(
+                    f"{name} has {len(values)} {what}, and {most} at most are looked after.", remedy="Give fewer."
+                )
+
         def whole(value: object) -> bool:
             return isinstance(value, Integral) and not isinstance(value, bool)
 
@@ -141,6 +154,7 @@ class Sampling:
             ids = getattr(self, name)
             fits = isinstance(ids, tuple | list) and all(whole(each) and each >= 0 for each in ids)
             need(fits, name, "a tuple of token ids")
+            bounded(ids, MOST_IDS, name, "tokens")
         pairs = self.logit_bias
         fits = isinstance(pairs, tuple | list) and all(
             isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs
@@ -149,6 +163,7 @@ class Sampling:
         fits = fits and all(number(amount) and -100 <= amount <= 100 for _, amount in pairs)
         fits = fits and len({token for token, _ in pairs}) == len(pairs)
         need(fits, "logit_bias", "pairs of a token id, each once, and a number between -100 and 100")
+        bounded(pairs, MOST_IDS, "logit_bias", "tokens")
         seed, most = self.seed, self.max_tokens
         least = whole(self.min_tokens) and self.min_tokens >= 0
         need(least, "min_tokens", "a whole number, 0 or larger")
@@ -165,6 +180,9 @@ class Sampling:
         # A string is a sequence of strings too: each of its characters would end the answer.
         texts = isinstance(self.stop, tuple | list) and all(isinstance(text, str) and text for text in self.stop)
         need(texts, "stop", "a tuple of strings of at least one character")
+        bounded(self.stop, MOST_STOPS, "stop", "strings")
+        for text in self.stop:
+            bounded(text, LONGEST_STOP, "A stop string", "characters")
         need(most is None or self.min_tokens <= most, "min_tokens", f"at most max_tokens = {most}")
         if self.mirostat_tau > 0:
             for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0), ("typical_p", 1), ("top_n_sigma", 0)):
@@ -198,7 +216,7 @@ class Score:
     tokens: tuple[TokenLogprob, ...]
 
 
-GrammarKind = Literal["json_schema", "json_object", "regex", "lark", "choice"]
+GrammarKind = Literal["json_schema", "json_object", "regex", "lark", "choice", "pythonic"]
 
 
 @dataclass(frozen=True)
@@ -206,7 +224,8 @@ class Grammar:
     """The form an answer must have. `puna.engine.grammar` says what is honoured.
 
     `text` is the JSON schema; nothing for "json_object" (any one object); the regular expression, which the whole
-    answer matches; the Lark grammar; or, for "choice", a JSON list of the strings the answer may be.
+    answer matches; the Lark grammar; for "choice", a JSON list of the strings the answer may be; or, for "pythonic",
+    `{"tools": {name: schema}, "many": true}`: calls of these tools in Python's notation.
     Raises UsageError for an unknown kind, and for a text where none is wanted or none where one is.
     """
 
@@ -292,16 +311,42 @@ class SamplingOptions(TypedDict, total=False):
     best_of: int | None
 
 
-ROLES = ("system", "user", "assistant")
-"""Who speaks in a conversation."""
+ROLES = ("system", "user", "assistant", "tool")
+"""Who speaks in a conversation; "tool" is what came of a call that the assistant made."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """Something that a model may call: its name, what it does, and the JSON schema, as text, of its arguments (an
+    object). `strict`: the arguments are held to the schema also where the model itself chooses to call."""
+
+    name: str
+    description: str = ""
+    parameters: str = '{"type": "object", "properties": {}}'
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that a model made. `arguments` is JSON text, an object where the model kept to the form; `id` tells
+    calls apart."""
+
+    name: str
+    arguments: str
+    id: str = ""
 
 
 @dataclass(frozen=True)
 class Message:
-    """One message. role is "system", "user" or "assistant"; raises ChatFormatError for any other."""
+    """One message. role is one of `ROLES`; raises ChatFormatError for any other.
+
+    An assistant's message may hold calls beside its text or in its place; a tool's answers the call `tool_call_id`.
+    """
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -312,6 +357,10 @@ class Message:
             )
 
 
+ToolChoice = Literal["auto", "none", "required"]
+"""Whether a model may, must not or must call a tool."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What a caller asks of a `Backend`.
@@ -319,8 +368,10 @@ class Request:
     `prompt` is a text, a conversation, or token ids taken as they are; `raw` applies no chat format to a text.
     `namespace` says whose it is: prompts are remembered for later requests of the same namespace only. A larger
     `priority` goes first; after `timeout` seconds the answer ends with what is there, finish reason "deadline".
-    `grammar` is the form that every answer must have; `adapter` the name of a LoRA adapter that was loaded. Raises
-    UsageError for a timeout that is no such number.
+    `grammar` is the form that every answer must have; `adapter` the name of a LoRA adapter that was loaded.
+    `tools` are told to the model in a conversation; "required" makes it call one, "none" keeps it from calling, and
+    where `callable_tools` names some, it may call no other. Without `parallel_tool_calls` it calls one at most.
+    Raises UsageError for a timeout that is no such number, and for tools that contradict each other.
     """
 
     prompt: str | tuple[Message, ...] | tuple[int, ...]
@@ -331,6 +382,10 @@ class Request:
     priority: int = 0
     timeout: float | None = None
     adapter: str | None = None
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = "auto"
+    callable_tools: tuple[str, ...] = ()
+    parallel_tool_calls: bool = True
 
     def __post_init__(self) -> None:
         late = self.timeout
@@ -339,6 +394,13 @@ class Request:
                 f"timeout must be a number of seconds from 0 to 2^31, not {late!r:.80}.",
                 remedy="Leave it out for no deadline.",
             )
+        names = [tool.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise UsageError("Two tools have the same name.", remedy="Give each its own.")
+        if unknown := sorted(set(self.callable_tools) - set(names)):
+            raise UsageError(f"{unknown[0]!r:.80} is no tool of this request.", remedy="Name one of its tools.")
+        if self.tool_choice == "required" and not self.tools:
+            raise UsageError("A tool must be called, and there is none.", remedy="Give tools, or leave it out.")
 
 
 @dataclass(frozen=True)
@@ -351,13 +413,24 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class ToolCallPiece:
+    """A piece of a call under way: `index` says of which; the first of a call brings `id` and `name`, and the
+    `arguments` of all pieces together are the call's JSON text."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True)
 class Event:
     """A piece of an answer. `choice` says of which, where several were asked for.
 
-    `text` is certain: whole characters, and no part of a stop string. `token_ids` may be ahead of it. Before the first
-    token, events without either say how much of the prompt has been read (`prefilled`). `prompt_logprobs`,
-    where asked for, are those of the prompt's tokens from its second on. `finish` stands in the last event of a choice,
-    `usage` in the last of all.
+    `text` is certain: whole characters, no part of a stop string, and none of a call of a tool, which comes as
+    `tool_calls`. `token_ids` may be ahead of it. Before the first token, events without either say how much of the
+    prompt has been read (`prefilled`). `prompt_logprobs`, where asked for, are those of the prompt's tokens from its
+    second on. `finish` stands in the last event of a choice, `usage` in the last of all.
     """
 
     choice: int = 0
@@ -368,13 +441,168 @@ class Event:
     prefilled: int = 0
     finish: FinishReason | None = None
     usage: Usage | None = None
+    tool_calls: tuple[ToolCallPiece, ...] = ()
+    stopped_by: str = ""
+    """In the last event of a choice: the stop string that ended it, "" where none did."""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What is known of a model without loading it, for lists and for clients that choose.
+
+    `name` is what a request names; `format` is "gguf" or "safetensors" and the like; `quantization` is most weights'
+    type ("Q4_K_M", "BF16"); `nbytes` its files', `modified` their time (seconds since 1970), `digest` tells two models
+    apart (hexadecimal SHA-256). `chat`: it has a chat format; `tools`: that format can tell it about tools; `sees`:
+    it takes images; `infills`: it was trained to fill in the middle. `template` is its chat template in Jinja,
+    `bos_token` and `eos_token` are the texts of the tokens that begin and end a text.
+    """
+
+    name: str
+    format: str = ""
+    family: str = ""
+    parameters: int = 0
+    quantization: str = ""
+    nbytes: int = 0
+    modified: float = 0.0
+    digest: str = ""
+    context_length: int = 0
+    vocab_size: int = 0
+    embedding_length: int = 0
+    chat: bool = False
+    tools: bool = False
+    sees: bool = False
+    infills: bool = False
+    template: str | None = None
+    bos_token: str = ""
+    eos_token: str = ""
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """A vector a text, and the tokens of all the texts together."""
+
+    vectors: tuple[tuple[float, ...], ...]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What a backend is doing. Of now: `running` and `waiting` answers, the pages of its cache. Since it was made:
+    steps, tokens, preemptions, evictions, and the seconds that went into scheduling, computing and sampling."""
+
+    running: int = 0
+    waiting: int = 0
+    pages_total: int = 0
+    pages_used: int = 0
+    pages_cached: int = 0
+    pages_free: int = 0
+    page_tokens: int = 0
+    page_bytes: int = 0
+    steps: int = 0
+    computed_tokens: int = 0
+    reused_tokens: int = 0
+    made_tokens: int = 0
+    guessed_tokens: int = 0
+    right_guesses: int = 0
+    preemptions: int = 0
+    evictions: int = 0
+    schedule_seconds: float = 0.0
+    run_seconds: float = 0.0
+    sample_seconds: float = 0.0
+    kernels: str = ""
+    kv_type: str = ""
+
+
+Prompt = str | tuple[Message, ...] | tuple[int, ...]
+"""A text, a conversation, or token ids taken as they are."""
 
 
 class Backend(Protocol):
-    """Whatever answers requests: a model on this machine, a script that plays one, a service elsewhere."""
+    """Whatever answers requests: a model on this machine, a script that plays one, a service elsewhere.
+
+    Every method may raise PunaError; none blocks the event loop.
+    """
+
+    @property
+    def card(self) -> ModelCard:
+        """What it is."""
 
     def generate(self, request: Request) -> AsyncIterator[Event]:
         """The answer, piece by piece. Raises PunaError; closing the iterator early cancels the request."""
 
+    async def embed(
+        self,
+        texts: Sequence[str | tuple[int, ...]],
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        namespace: str = "",
+        priority: int = 0,
+    ) -> Embeddings:
+        """A vector for each text (no chat format is applied)."""
+
+    async def score(
+        self,
+        prompt: Prompt,
+        continuations: Sequence[str | tuple[int, ...]],
+        *,
+        raw: bool = False,
+        namespace: str = "",
+        priority: int = 0,
+    ) -> tuple[Score, ...]:
+        """How likely the model finds each continuation of the prompt."""
+
+    async def encode(self, prompt: Prompt, *, raw: bool = False, tools: Sequence[Tool] = ()) -> tuple[int, ...]:
+        """The token ids that `generate` would start from."""
+
+    async def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids. Raises TokenizerError for an id that is none."""
+
+    async def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
+        """The conversation as the text that the model sees. Raises ChatFormatError where it has no chat format."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for; empty where it stands for no text."""
+
+    async def activity(self) -> Activity:
+        """What it is doing now."""
+
     async def close(self) -> None:
         """End every answer under way and give back what the backend holds. A second close does nothing."""
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """A model that may be asked for, and how it stands: `loaded`; whether it `fits` the memory beside what must stay,
+    else `why` not; seconds since somebody used it (`idle`, of a loaded one), and when it will be unloaded."""
+
+    card: ModelCard
+    loaded: bool = False
+    fits: bool = True
+    why: str = ""
+    idle: float = 0.0
+    unload_in: float | None = None
+    resident: int = 0
+    """Bytes that it takes of the memory, weights and cache, as far as they are known; 0 where it is not loaded."""
+
+
+@runtime_checkable
+class Models(Protocol):
+    """The models that a server answers for: one, or many that are loaded when they are asked for."""
+
+    async def states(self) -> list[ModelState]:
+        """Every model that may be asked for, the default first."""
+
+    def use(self, name: str, *, keep_alive: float | None = None) -> AbstractAsyncContextManager[Backend]:
+        """The backend of a model, loaded first where it is not, and kept until the context ends.
+
+        "" is the default. `keep_alive` is how many seconds it stays afterwards without use (below 0: for good).
+        Raises UnknownModelError, NoRoomError with the arithmetic, and what loading raises.
+        """
+
+    async def unload(self, name: str) -> None:
+        """Unload a model once nobody uses it; nothing where it is not loaded. Raises UnknownModelError."""
+
+    async def close(self) -> None:
+        """Unload all. A second close does nothing."""

@@ -27,6 +27,11 @@ class AnswerText:
         """Whether a stop string has come; nothing follows it."""
         return self._stops.hit is not None
 
+    @property
+    def stopped_by(self) -> str:
+        """The stop string that has come; "" where none has."""
+        return self._stops.hit or ""
+
     def push(self, ids: Sequence[int]) -> tuple[str, int]:
         """The text that these ids make certain, often none, and how many of them are part of the answer."""
         text = ""

@@ -2,31 +2,39 @@
 
 What it is: `ChatFormat`, made from the model's own `chat_template` or built in for checkpoints that bring none
 (Meta's folders). Built-ins follow Meta's published code and prompt-format pages, linked at each.
-What it is not: a parser of answers, or of tool calls; messages are text from system, user and assistant.
-What is surprising: a message's text never becomes a special token, even where it spells one, while the template's own
-text does. Both come out of one rendered string, so the message's characters must be known in it: the conversation is
-rendered a second time with a mark, a character that occurs nowhere else, put into the messages where a special
-token's name would otherwise be found. If taking the marks out gives the first rendering, they show what is whose.
-An honest conversation's ids are exactly those of tokenizing the rendered string.
+What it is not: a parser of answers, or of the calls in them (`puna.text.tools`).
+What is surprising:
+- A message's text never becomes a special token, even where it spells one, while the template's own text does. Both
+  come out of one rendered string, so the message's characters must be known in it: the conversation is rendered a
+  second time with a mark, a character that occurs nowhere else, put into the messages where a special token's name
+  would otherwise be found. If taking the marks out gives the first rendering, they show what is whose. What tools are
+  described by, what they gave and what they were called with are marked as messages are.
+  An honest conversation's ids are exactly those of tokenizing the rendered string.
+- Whether a template can tell about tools, and in which form its model calls them, is found out by rendering a call.
+- A format that has room for one call a message gets several as if they had been made one after the other, each with
+  what came of it behind it; one that drops the text beside a call gets it as a message of its own before the call.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from puna.errors import ChatFormatError
 from puna.text.tokenizer import Tokenizer, check_text
-from puna.types import Message
+from puna.text.tools import CallForm, CallKind, check_name, json_object, json_text, python_call
+from puna.types import Message, Tool, ToolCall
 
 if TYPE_CHECKING:
     from puna.text.template import ChatTemplate
 
-Segments = Callable[[Sequence[Message], bool, datetime], list[str]]
-"""Messages, whether the assistant's header follows, the date -> the text, in parts that are tokenized apart."""
+Segments = Callable[[Sequence[Message], bool, datetime, Sequence[Tool]], list[str]]
+"""Messages, whether the assistant's header follows, the date, tools -> the text, in parts that are tokenized apart."""
 
 
 class ChatFormat:
@@ -44,12 +52,15 @@ class ChatFormat:
         special: Sequence[str] = (),
         template: str | None = None,
         now: Callable[[], datetime] = datetime.now,
+        call_form: CallForm | Callable[[], CallForm | None] | None = None,
     ) -> None:
+        """`call_form`: how its model calls tools, or what finds that out; None where it knows of no tools."""
         self.name = name
         self.template = template
         self.special = tuple(special)
         self._segments = segments
         self._now = now
+        self._call_form = call_form
 
     @classmethod
     def from_template(
@@ -73,29 +84,51 @@ class ChatFormat:
 
             return ChatTemplate(source, origin=origin)
 
-        def segments(messages: Sequence[Message], add_generation_prompt: bool, date: datetime) -> list[str]:
+        def segments(
+            messages: Sequence[Message], add_generation_prompt: bool, date: datetime, tools: Sequence[Tool]
+        ) -> list[str]:
             variables = {
-                "messages": [{"role": m.role, "content": m.content} for m in messages],
+                "messages": [_as_mapping(m) for m in messages],
                 # transformers passes these two, so templates may test them without `is defined`
-                "tools": None,
+                "tools": [_as_schema(tool) for tool in tools] or None,
                 "documents": None,
                 "add_generation_prompt": add_generation_prompt,
                 "bos_token": bos_token,
                 "eos_token": eos_token,
             }
-            return [template().render(variables, input_chars=sum(len(m.content) for m in messages), now=date)]
+            return [template().render(variables, input_chars=sum(map(len, _texts(messages, tools))), now=date)]
 
-        return cls(f"chat template of {origin}", segments, template=source, now=now)
+        find = functools.partial(_probed, source, segments)
+        return cls(f"chat template of {origin}", segments, template=source, now=now, call_form=find)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    @functools.cached_property
+    def call_form(self) -> CallForm | None:
+        """How its model calls tools; None where it cannot be told about tools, or calls them in no form known here."""
+        return self._call_form() if callable(self._call_form) else self._call_form
+
+    @property
+    def tells_tools(self) -> bool:
+        """Whether it can tell a model about tools."""
+        return self.call_form is not None
+
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, tools: Sequence[Tool] = ()
+    ) -> str:
         """The conversation as text, ending with the assistant's header where add_generation_prompt.
 
-        Raises ChatFormatError for an empty conversation, one the format cannot express, or a failing template.
+        Raises ChatFormatError for an empty conversation, one the format cannot express, tools where it knows of none,
+        or a failing template.
         """
-        return "".join(self._render(messages, add_generation_prompt, self._now()))
+        messages, tools = self._checked(messages, tools)
+        return "".join(self._segments(self._fitted(messages), add_generation_prompt, self._now(), tools))
 
     def encode(
-        self, messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        tokenizer: Tokenizer,
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Tool] = (),
     ) -> list[int]:
         """The conversation as ids, starting with exactly one begin-of-text id where the model expects one.
 
@@ -109,8 +142,10 @@ class ChatFormat:
                 remedy="Use the tokenizer that came with the model, or run it without a chat format (--raw).",
             )
         date = self._now()  # once: the renderings compared must not differ by a clock's tick
-        plain = self._render(messages, add_generation_prompt, date)
-        marked, mark = self._render_marked(messages, add_generation_prompt, date, plain, tokenizer)
+        messages, tools = self._checked(messages, tools)
+        messages = self._fitted(messages)
+        plain = self._segments(messages, add_generation_prompt, date, tools)
+        marked, mark = self._render_marked(messages, tools, add_generation_prompt, date, plain, tokenizer)
         ids: list[int] = []
         for text, with_marks in zip(plain, marked, strict=True):
             parts = tokenizer.split_special(with_marks)
@@ -125,16 +160,47 @@ class ChatFormat:
             ids.insert(0, tokenizer.bos_id)
         return ids
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool, date: datetime) -> list[str]:
+    def _checked(self, messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[Sequence[Message], Sequence[Tool]]:
+        """The conversation with all JSON written in one way. Raises ChatFormatError, TokenizerError."""
         if not messages:
             raise ChatFormatError("The conversation is empty.", remedy="Give at least one message.")
+        if (tools or any(m.tool_calls or m.role == "tool" for m in messages)) and not self.tells_tools:
+            raise ChatFormatError(
+                f"The {self.name} has no place for tools, or its model calls them in a form that is not known here.",
+                remedy="Leave tools, calls and what came of them out, or use a model that was trained to call tools.",
+            )
+        tools = [replace(tool, parameters=json_text(tool.parameters, f"{tool.name}: the schema")) for tool in tools]
+        checked = []
         for message in messages:
-            check_text(message.content)
-        return self._segments(messages, add_generation_prompt, date)
+            if message.tool_calls and message.role != "assistant":
+                raise ChatFormatError(
+                    f"A message of the role {message.role!r} holds a call of a tool.", remedy="The assistant calls."
+                )
+            calls = [
+                replace(call, arguments=json_text(call.arguments, f"{call.name}: what it was called with"))
+                for call in message.tool_calls
+            ]
+            checked.append(replace(message, tool_calls=tuple(calls)))
+        for name in [tool.name for tool in tools] + [call.name for m in checked for call in m.tool_calls]:
+            check_name(name)
+        for text in _texts(checked, tools):
+            check_text(text)
+        return checked, tools
+
+    def _fitted(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages, with calls in messages of their own where the format has no other place for them."""
+        form = self.call_form if any(message.tool_calls for message in messages) else None
+        if form is None or all(
+            not m.tool_calls or ((form.many or len(m.tool_calls) == 1) and (form.beside or not m.content.strip()))
+            for m in messages
+        ):
+            return messages
+        return list(_one_at_a_time(messages))
 
     def _render_marked(
         self,
         messages: Sequence[Message],
+        tools: Sequence[Tool],
         add_generation_prompt: bool,
         date: datetime,
         plain: list[str],
@@ -143,13 +209,14 @@ class ChatFormat:
         """The rendering with a mark inside everything of the messages' that could read as a special token; the mark.
 
         First every character that begins a special token's name is marked, and both ends of each text. A template
-        that looks into the text (R1's cuts it at `</think>`) may then render differently; so second, only whole names
-        are marked, and accepted if the template's own special tokens come out as in the first rendering.
+        that looks into a tool's schema may then render differently, or fail; so second, words in JSON are left as they
+        are. One that looks into the text (R1's cuts it at `</think>`) may still; so third, only whole names are
+        marked. What comes later is accepted if the template's own special tokens come out as in the first rendering.
         """
-        present = set("".join([*plain, *(m.content for m in messages)]))
-        # Planes 15 and 16 are for private use. Nobody can have put the mark into a text: it is chosen for not being
-        # there. (A text that holds all 131,068 of them gets U+10FFFD, and the check below refuses it.)
-        mark = next((c for c in map(chr, range(0xF_0000, 0x10_FFFE)) if c not in present), "\U0010fffd")
+        present = set("".join([*plain, *_texts(messages, tools)]))
+        # Nobody can have put the mark into a text: it is chosen for not being there. (A text that holds all gets
+        # the last, and the check below refuses it.) A letter, so that it survives where a template prints a list.
+        mark = next((c for c in _MARKS if c not in present), _MARKS[-1])
         starts = "|".join({re.escape(name[0]) for name in tokenizer.special if name}) or r"(?!)"
         names = "|".join(re.escape(n) for n in sorted(tokenizer.special, key=len, reverse=True) if n) or r"(?!)"
 
@@ -158,13 +225,25 @@ class ChatFormat:
             inner = text.strip()
             return text.replace(inner, mark + inner + mark, 1) if inner else text
 
+        def but_words(text: str) -> str:
+            return text if _WORD.fullmatch(text) else every_start(text)
+
         def whole_names(text: str) -> str:
             return re.sub(names, lambda found: found[0][:1] + mark + found[0][1:], text)
 
         own: list[int] | None = None
-        for marking in (every_start, whole_names):
-            marked_messages = [Message(m.role, marking(m.content)) for m in messages]
-            marked = self._segments(marked_messages, add_generation_prompt, date)
+        for marking, inside in ((every_start, every_start), (every_start, but_words), (whole_names, whole_names)):
+            try:
+                marked = self._segments(
+                    [_marked_message(m, marking, inside) for m in messages],
+                    add_generation_prompt,
+                    date,
+                    [_marked_tool(tool, marking, inside) for tool in tools],
+                )
+            except ChatFormatError:
+                if inside is whole_names:
+                    raise
+                continue  # the template looks for words that are not as it knows them
             specials = [i for text in marked for i in _specials(tokenizer.split_special(text))]
             own = specials if own is None else own
             if [text.replace(mark, "") for text in marked] == plain and specials == own:
@@ -174,6 +253,152 @@ class ChatFormat:
             "be told from its own.",
             remedy="Remove names of special tokens from the messages, or replace the template.",
         )
+
+
+_MARKS = "".join(map(chr, range(0x2_0000, 0x2_A6D7)))
+"""42,711 rare letters, the CJK Unified Ideographs Extension B of Unicode 3.1."""
+
+_WORD = re.compile(r"[\w$-]+", re.ASCII)
+
+
+def _as_mapping(message: Message) -> dict[str, Any]:
+    """A message as transformers hands it to a template."""
+    found: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        found["tool_calls"] = [
+            {"type": "function", "function": {"name": call.name, "arguments": json_object(call.arguments)}}
+            | ({"id": call.id} if call.id else {})
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id:
+        found["tool_call_id"] = message.tool_call_id
+    return found
+
+
+def _as_schema(tool: Tool) -> dict[str, Any]:
+    """A tool as transformers hands it to a template."""
+    return {
+        "type": "function",
+        "function": {
+            "name": tool.name,
+            "description": tool.description,
+            "parameters": json_object(tool.parameters),
+        },
+    }
+
+
+def _texts(messages: Sequence[Message], tools: Sequence[Tool]) -> list[str]:
+    """Everything that strangers wrote."""
+    texts = [text for tool in tools for text in (tool.name, tool.description, tool.parameters)]
+    for message in messages:
+        texts += [message.content, message.tool_call_id]
+        texts += [text for call in message.tool_calls for text in (call.name, call.arguments, call.id)]
+    return texts
+
+
+def _marked_message(message: Message, marking: Callable[[str], str], inside: Callable[[str], str]) -> Message:
+    calls = [replace(call, arguments=_marked_json(call.arguments, inside)) for call in message.tool_calls]
+    return replace(message, content=marking(message.content), tool_calls=tuple(calls))
+
+
+def _marked_tool(tool: Tool, marking: Callable[[str], str], inside: Callable[[str], str]) -> Tool:
+    return replace(tool, description=marking(tool.description), parameters=_marked_json(tool.parameters, inside))
+
+
+def _marked_json(text: str, marking: Callable[[str], str]) -> str:
+    def marked(value: Any) -> Any:  # as deep as JSON was read, which is limited
+        if isinstance(value, dict):
+            return {marking(key): marked(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [marked(item) for item in value]
+        return marking(value) if isinstance(value, str) else value
+
+    return json.dumps(marked(json_object(text)), ensure_ascii=False)
+
+
+def _one_at_a_time(messages: Sequence[Message]) -> Iterator[Message]:
+    """The conversation with one call a message, without text, each followed by what came of it.
+
+    Raises ChatFormatError where it is not said of which call something came.
+    """
+    rest = list(messages)
+    while rest:
+        message = rest.pop(0)
+        if not message.tool_calls:
+            yield message
+            continue
+        if message.content.strip():
+            yield replace(message, tool_calls=())
+        results: list[Message] = []
+        while rest and rest[0].role == "tool":
+            results.append(rest.pop(0))
+        calls = message.tool_calls
+        if len(calls) > 1 and results:
+            asked, came = [call.id for call in calls], [result.tool_call_id for result in results]
+            if "" in asked or len(set(asked)) < len(asked) or sorted(asked) != sorted(came):
+                raise ChatFormatError(
+                    "This model's chat format has room for one call a message, and of a message with several it is not "
+                    "said what came of each.",
+                    remedy="Give each call an id, and as many tool messages with those ids right behind.",
+                )
+        for n, call in enumerate(calls):
+            yield replace(message, content="", tool_calls=(call,))
+            if len(calls) == 1:
+                yield from results
+            elif results:
+                yield next(result for result in results if result.tool_call_id == calls[n].id)
+
+
+_PROBE = "puna_probe"
+_PROBE_TELLS, _PROBE_SAYS = "Tells of a probe.", "Says it beside."
+_PROBE_FORMS: tuple[tuple[CallKind, re.Pattern[str]], ...] = (
+    (
+        "json",
+        re.compile(
+            rf'\{{\s*(?P<typed>"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"{_PROBE}"\s*,\s*'
+            r'"(?P<key>parameters|arguments)"\s*:\s*\{'
+        ),
+    ),
+    ("pythonic", re.compile(rf"\[\s*{_PROBE}\(\s*k\s*=")),
+)
+
+
+def _probed(source: str, segments: Segments) -> CallForm | None:
+    """How the model of a template calls tools, as the template renders a call."""
+    if not re.search(r"\btools\b", source):
+        return None  # most templates: no need to compile them
+    tools = [Tool(_PROBE, _PROBE_TELLS)]
+    call = ToolCall(_PROBE, '{"k": "v"}', "probe0001")
+
+    def rendered(answer: Message) -> str | None:
+        try:
+            return "".join(segments([Message("user", "x"), answer], False, datetime.min, tools))
+        except ChatFormatError:
+            return None
+
+    said, called = rendered(Message("assistant", _PROBE)), rendered(Message("assistant", "", (call,)))
+    if said is None or called is None or _PROBE_TELLS not in said:
+        return None
+    header = said[: said.rindex(_PROBE)]
+    if not called.startswith(header):
+        return None
+    text = called[len(header) :].lstrip()
+    tag = next((tag for tag in CallForm.TAGS if text.startswith(tag)), "")
+    both = rendered(Message("assistant", "", (call, replace(call, arguments='{"k": "w"}', id="probe0002")))) or ""
+    beside = rendered(Message("assistant", _PROBE_SAYS, (call,))) or ""
+    for kind, pattern in _PROBE_FORMS:
+        found = pattern.match(text.removeprefix(tag).lstrip())
+        if found is not None:
+            named = found.groupdict()
+            return CallForm(
+                kind,
+                key=named.get("key") or "parameters",
+                typed=bool(named.get("typed")),
+                tag=tag,
+                many='"v"' in both and '"w"' in both,
+                beside=_PROBE_SAYS in beside,
+            )
+    return None
 
 
 def _specials(parts: Sequence[str | int]) -> list[int]:
@@ -190,14 +415,11 @@ def chat_format(
     if tokenizer.chat_template is None:
         return builtin_format(generation, instruct=instruct)
 
-    def name(token_id: int | None) -> str:
-        return "" if token_id is None else tokenizer.token_bytes(token_id).decode()
-
     return ChatFormat.from_template(
         tokenizer.chat_template,
         origin=str(tokenizer.template_place),
-        bos_token=name(tokenizer.bos_id),
-        eos_token=name(tokenizer.eos_id),
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
         now=now,
     )
 
@@ -217,9 +439,13 @@ def builtin_format(generation: str, *, instruct: bool) -> ChatFormat:
             f"There is no built-in chat format for {generation!r}.",
             remedy=f"Built in: {', '.join(_BUILTIN)}. Other models need the chat_template they came with.",
         )
-    segments, special = _BUILTIN[generation]
+    segments, special, call_form = _BUILTIN[generation]
     return ChatFormat(
-        f"built-in chat format of {generation}", segments, special=special, template=_TEMPLATES.get(generation)
+        f"built-in chat format of {generation}",
+        segments,
+        special=special,
+        template=_TEMPLATES.get(generation),
+        call_form=call_form,
     )
 
 
@@ -247,7 +473,7 @@ def _check_turns(messages: Sequence[Message], add_generation_prompt: bool, tags:
 _LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
-def _llama2(messages: Sequence[Message], add_generation_prompt: bool, _: datetime) -> list[str]:
+def _llama2(messages: Sequence[Message], add_generation_prompt: bool, *_: Any) -> list[str]:
     """Llama 2 Chat, Code Llama Instruct 7B to 34B. Source: meta-llama/llama, llama/generation.py, chat_completion.
 
     Every turn has its own BOS and a finished one its EOS; the assistant has no header, so add_generation_prompt adds
@@ -267,7 +493,7 @@ def _llama2(messages: Sequence[Message], add_generation_prompt: bool, _: datetim
     return [text]
 
 
-def _codellama70b(messages: Sequence[Message], add_generation_prompt: bool, _: datetime) -> list[str]:
+def _codellama70b(messages: Sequence[Message], add_generation_prompt: bool, *_: Any) -> list[str]:
     """Code Llama 70B Instruct. Source: meta-llama/codellama, llama/generation.py, dialog_prompt_tokens.
 
     Header and body are tokenized apart there, each with sentencepiece's leading space, and so they are here.
@@ -286,26 +512,109 @@ def _codellama70b(messages: Sequence[Message], add_generation_prompt: bool, _: d
     return segments
 
 
-def _llama3(messages: Sequence[Message], add_generation_prompt: bool, _: datetime) -> list[str]:
+def _llama3_message(role: str, content: str, end: str = "<|eot_id|>") -> str:
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n{content.strip()}{end}"
+
+
+def _llama3(messages: Sequence[Message], add_generation_prompt: bool, *_: Any) -> list[str]:
     """Llama 3 to 3.3 Instruct. Sources: meta-llama/llama3, llama/tokenizer.py, ChatFormat; the prompt-format pages of
     3.1, 3.2 and 3.3, whose plain conversations have the same form and no system message of their own."""
     text = "<|begin_of_text|>"
     for message in messages:
-        text += f"<|start_header_id|>{message.role}<|end_header_id|>\n\n{message.content.strip()}<|eot_id|>"
+        text += _llama3_message(message.role, message.content)
     if add_generation_prompt:
         text += "<|start_header_id|>assistant<|end_header_id|>\n\n"
     return [text]
 
 
+def _llama31(messages: Sequence[Message], add_generation_prompt: bool, _: datetime, tools: Sequence[Tool]) -> list[str]:
+    """Llama 3.1 Instruct. Source: its prompt-format page, "JSON based tool calling": the tools stand in a user message
+    before the conversation, calls are JSON after <|python_tag|>, and what came of one has the role ipython."""
+    system, turns = _system_of(messages)
+    text = ["<|begin_of_text|>"]
+    if tools:
+        text.append(_llama3_message("system", "\n\n".join(["Environment: ipython", *system])))
+        listed = "\n\n".join(json.dumps(_as_schema(tool), indent=4, ensure_ascii=False) for tool in tools)
+        text.append(_llama3_message("user", _LLAMA31_TOOLS.replace("{}", listed, 1)))
+    else:
+        text += [_llama3_message("system", content) for content in system]
+    for message in turns:
+        if message.tool_calls:
+            [call] = message.tool_calls
+            said = {"type": "function", "name": call.name, "parameters": json_object(call.arguments)}
+            called = "<|python_tag|>" + json.dumps(said, ensure_ascii=False)
+            text.append(_llama3_message("assistant", called, "<|eom_id|>"))
+        else:
+            text.append(_llama3_message("ipython" if message.role == "tool" else message.role, message.content))
+    return ["".join([*text, *_llama3_header(add_generation_prompt)])]
+
+
+def _llama32(messages: Sequence[Message], add_generation_prompt: bool, _: datetime, tools: Sequence[Tool]) -> list[str]:
+    """Llama 3.2 and 3.3 Instruct. Source: their prompt-format pages, "Zero shot function calling": the tools stand in
+    the system message, calls are a list in Python's notation, and what came of one has the role ipython."""
+    system, turns = _system_of(messages)
+    text = ["<|begin_of_text|>"]
+    if tools:
+        listed = json.dumps([_as_schema(tool)["function"] for tool in tools], indent=4, ensure_ascii=False)
+        system = [_LLAMA32_TOOLS.replace("{}", listed, 1), *system]
+    if system:
+        text.append(_llama3_message("system", "\n\n".join(system)))
+    for message in turns:
+        content = message.content
+        if message.tool_calls:
+            calls = ", ".join(python_call(call.name, json_object(call.arguments)) for call in message.tool_calls)
+            content = f"{content}[{calls}]"
+        text.append(_llama3_message("ipython" if message.role == "tool" else message.role, content))
+    return ["".join([*text, *_llama3_header(add_generation_prompt)])]
+
+
+def _system_of(messages: Sequence[Message]) -> tuple[list[str], Sequence[Message]]:
+    """The text of the system message, if the conversation begins with one, and the other messages."""
+    if messages[0].role == "system":
+        return [messages[0].content.strip()], messages[1:]
+    return [], messages
+
+
+def _llama3_header(add_generation_prompt: bool) -> list[str]:
+    return ["<|start_header_id|>assistant<|end_header_id|>\n\n"] if add_generation_prompt else []
+
+
+_LLAMA31_TOOLS = """\
+Answer the user's question by making use of the following functions if needed.
+If none of the function can be used, please say so.
+Here is a list of functions in JSON format:
+{}
+
+Return function calls in JSON format."""
+
+_LLAMA32_TOOLS = """\
+You are an expert in composing functions. You are given a question and a set of possible functions.
+Based on the question, you will need to make one or more function/tool calls to achieve the purpose.
+If none of the function can be used, point it out. If the given question lacks the parameters required by the function,
+also point it out. You should only return the function call in tools call sections.
+
+If you decide to invoke any of the function(s), you MUST put it in the format of \
+[func_name1(params_name1=params_value1, params_name2=params_value2...), func_name2(params)]
+You SHOULD NOT include any other text in the response.
+
+Here is a list of functions in JSON format that you can invoke.
+
+{}"""
+
 _LLAMA3_NEEDS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-_BUILTIN: dict[str, tuple[Segments, tuple[str, ...]]] = {
-    "llama2": (_llama2, ("<s>", "</s>")),
-    "codellama": (_llama2, ("<s>", "</s>")),
-    "codellama70b": (_codellama70b, ("<s>", "<step>")),
-    "llama3": (_llama3, _LLAMA3_NEEDS),
-    "llama3.1": (_llama3, _LLAMA3_NEEDS),
-    "llama3.2": (_llama3, _LLAMA3_NEEDS),
-    "llama3.3": (_llama3, _LLAMA3_NEEDS),
+_PYTHONIC = CallForm("pythonic", many=True, beside=True)
+_BUILTIN: dict[str, tuple[Segments, tuple[str, ...], CallForm | None]] = {
+    "llama2": (_llama2, ("<s>", "</s>"), None),
+    "codellama": (_llama2, ("<s>", "</s>"), None),
+    "codellama70b": (_codellama70b, ("<s>", "<step>"), None),
+    "llama3": (_llama3, _LLAMA3_NEEDS, None),
+    "llama3.1": (
+        _llama31,
+        (*_LLAMA3_NEEDS, "<|python_tag|>", "<|eom_id|>"),
+        CallForm("json", typed=True, tag="<|python_tag|>"),
+    ),
+    "llama3.2": (_llama32, _LLAMA3_NEEDS, _PYTHONIC),
+    "llama3.3": (_llama32, _LLAMA3_NEEDS, _PYTHONIC),
 }
 
 _LLAMA2_JINJA = (

@@ -173,6 +173,16 @@ class Tokenizer(ABC):
             )
         return self._ordinary_bytes(token_id)
 
+    @property
+    def bos_token(self) -> str:
+        """The text of the token that begins a text, as templates know it; "" where there is none."""
+        return "" if self.bos_id is None else self.token_bytes(self.bos_id).decode(errors="replace")
+
+    @property
+    def eos_token(self) -> str:
+        """The text of the token that ends a text; "" where there is none."""
+        return "" if self.eos_id is None else self.token_bytes(self.eos_id).decode(errors="replace")
+
     def split_special(self, text: str) -> list[str | int]:
         """A text cut at the names of special tokens: each becomes its id, the (non-empty) text between stays text."""
         if self._splitter is None:

@@ -274,9 +274,9 @@ def test_one_encoding_has_one_date(llama3: Tokenizer) -> None:
     assert ours.encode(talk("<|eot_id|>"), llama3) == llama3.encode("23:59:00 <|eot_id|>", bos=True)
 
 
-def test_every_private_character_in_a_message(llama3: Tokenizer) -> None:
+def test_every_mark_in_a_message(llama3: Tokenizer) -> None:
     """No character is left to mark the message with: refused, not misread."""
-    everything = "".join(map(chr, range(0xF_0000, 0x10_FFFE)))
+    everything = "".join(map(chr, range(0x2_0000, 0x2_A6D7)))
     with pytest.raises(ChatFormatError, match="cannot be told from its own"):
         builtin_format("llama3", instruct=True).encode(talk(everything), llama3)
 
@@ -318,8 +318,8 @@ def test_llama2_refuses_other_orders(roles: list[str]) -> None:
 
 
 def test_messages_are_checked(llama3: Tokenizer) -> None:
-    with pytest.raises(ChatFormatError, match="'tool'"):
-        Message("tool", "x")
+    with pytest.raises(ChatFormatError, match="'critic'"):
+        Message("critic", "x")
     with pytest.raises(ChatFormatError, match="NoneType"):
         Message("user", None)  # type: ignore[arg-type]
     with pytest.raises(TokenizerError, match="lone surrogate"):
