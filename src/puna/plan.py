@@ -1,6 +1,6 @@
-"""What fits this machine: so far, how much memory the cache of keys and values may take.
+"""What fits this machine: how much memory the cache of keys and values may take, and what fits beside other models.
 
-What it is: arithmetic over facts that the caller brings, and the sentence that explains its result.
+What it is: arithmetic over facts that the caller brings, and the sentences that explain its results.
 What it is not: a look at the machine (`weights.limits`), or an allocation.
 What is surprising: a cache's memory is taken from the system page by page as it is written, so a large budget costs
 nothing until it is used; what is counted here is what it may become.
@@ -8,6 +8,7 @@ nothing until it is used; what is counted here is what it may become.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from puna.errors import UsageError
@@ -21,12 +22,16 @@ UNKNOWN = 4 << 30
 
 @dataclass(frozen=True)
 class CacheBudget:
-    """How many pages the cache has, what they hold and take, and why so many."""
+    """How many pages the cache has, what they hold and take, and why so many.
+
+    `draft_pages` are those of a draft model's own cache; `nbytes` counts them too.
+    """
 
     pages: int
     tokens: int
     nbytes: int
     why: str
+    draft_pages: int = 0
 
 
 def cache_budget(
@@ -38,12 +43,15 @@ def cache_budget(
     available: int | None,
     to_come: int = 0,
     asked: int | None = None,
+    draft_page_bytes: int = 0,
+    draft_context: int = 0,
 ) -> CacheBudget:
     """Pages for a model of `context` tokens that answers `sequences` at once.
 
     `page` is tokens a page, `page_bytes` its bytes; `available` bytes of memory, of which the weights still take
-    `to_come`; `asked` bytes are the caller's own wish. Raises UsageError for a wish that the memory does not hold, and
-    where not even a page fits.
+    `to_come`; `asked` bytes are the caller's own wish. A draft model of `draft_context` tokens has a page of its own,
+    of `draft_page_bytes`, beside each of these, up to one full context of its. Raises UsageError for a wish that the
+    memory does not hold, and where not even a page fits.
     """
     most = sequences * -(-context // page)
     free = None if available is None else max(0, available - to_come)
@@ -58,15 +66,78 @@ def cache_budget(
         room, why = UNKNOWN, "this system does not say what is available"
     else:
         room, why = int(SHARE * free), f"half of the {_size(free)} available beside the weights"
-    pages = room // page_bytes
+    drafts = -(-draft_context // page) if draft_page_bytes else 0
+    pages = room // (page_bytes + draft_page_bytes)
+    if pages > drafts:
+        pages = (room - drafts * draft_page_bytes) // page_bytes
     if pages >= most:
         pages, why = most, f"all {sequences} sequence{'s' if sequences > 1 else ''} with a full context each"
     if pages == 0:
         raise UsageError(
-            f"A page of the cache takes {_size(page_bytes)}, and there are {_size(room)} for all of them.",
+            f"A page of the cache takes {_size(page_bytes + draft_page_bytes)}, and there are {_size(room)} for all.",
             remedy="Use --kv-type q8_0 or a smaller model, or free some memory.",
         )
-    return CacheBudget(pages, pages * page, pages * page_bytes, why)
+    drafts = min(pages, drafts)
+    return CacheBudget(pages, pages * page, pages * page_bytes + drafts * draft_page_bytes, why, drafts)
+
+
+SHORT = 8192
+"""Tokens of a long conversation: a model that has memory for less is of little use, whatever its context."""
+
+BUDGET_SHARE = 0.8
+"""Of the memory that is available when a server starts, which its models may take; the rest is for the server, for what
+steps compute with, and for others."""
+
+
+@dataclass(frozen=True)
+class ModelNeed:
+    """Bytes that a model takes: of `weights` and what comes with them, and of cache. `cache_least` holds one
+    conversation of `tokens`, `cache_most` all that it could ever use."""
+
+    weights: int
+    cache_least: int
+    cache_most: int
+    tokens: int
+
+    @property
+    def least(self) -> int:
+        """Bytes without which it is not worth loading."""
+        return self.weights + self.cache_least
+
+
+def model_need(
+    *, weights: int, page: int, page_bytes: int, context: int, sequences: int, cache: int | None = None
+) -> ModelNeed:
+    """What a model of `context` tokens takes whose `weights` take so many bytes; arguments as for `cache_budget`.
+
+    `cache` bytes are the caller's own wish, to be had whole.
+    """
+    tokens = min(SHORT, context)
+    most = sequences * -(-context // page) * page_bytes
+    if cache is not None:
+        cache = min(cache, most)
+        return ModelNeed(weights, cache, cache, min(context, cache // page_bytes * page))
+    return ModelNeed(weights, -(-tokens // page) * page_bytes, most, tokens)
+
+
+def cache_beside(need: ModelNeed, room: int) -> int:
+    """Bytes of cache for a model that has `room` bytes for everything: half of what the weights leave, at least what
+    it cannot do without and at most what it can use."""
+    return min(need.cache_most, max(need.cache_least, int(SHARE * (room - need.weights))))
+
+
+def why_no_room(name: str, need: ModelNeed, budget: int, staying: Sequence[tuple[str, int]]) -> str:
+    """The arithmetic by which a model does not fit `budget` bytes beside those that must stay (name, bytes); empty
+    where it does."""
+    left = budget - sum(nbytes for _, nbytes in staying)
+    if need.least <= left:
+        return ""
+    others = ", ".join(f"{other} with {_size(nbytes)}" for other, nbytes in staying)
+    return (
+        f"{name} takes {_size(need.weights)} of weights and {_size(need.cache_least)} of cache for {need.tokens} "
+        f"tokens, {_size(need.least)} together; models may take {_size(budget)}"
+        + (f", and {others} must stay: {_size(max(0, left))} are left." if staying else ".")
+    )
 
 
 def _size(nbytes: int) -> str:

@@ -15,9 +15,18 @@ import pytest
 from safetensors.numpy import save_file
 
 from puna import LLM
-from puna.errors import AdapterError, ContextError, GrammarError, StoppedError, UsageError
+from puna.errors import (
+    AdapterError,
+    ChatFormatError,
+    ContextError,
+    GrammarError,
+    QueueFullError,
+    StoppedError,
+    TokenizerError,
+    UsageError,
+)
 from puna.gateway.local import LocalBackend, _best
-from puna.types import Event, Grammar, Request, Sampling, TokenLogprob, Usage
+from puna.types import Backend, Event, Grammar, Message, Request, Sampling, TokenLogprob, Usage
 
 PROMPTS = ["Once upon a time", "The dog", "One day, a girl named Lily", "Tom and"]
 
@@ -25,6 +34,12 @@ PROMPTS = ["Once upon a time", "The dog", "One day, a girl named Lily", "Tom and
 @pytest.fixture(scope="module")
 def plain() -> LLM:
     return LLM("cria")
+
+
+@pytest.fixture(scope="module")
+def invariant() -> LLM:
+    """Its bits do not depend on what is computed beside."""
+    return LLM("cria", invariant=True)
 
 
 async def said(backend: LocalBackend, request: Request) -> list[Event]:
@@ -269,3 +284,145 @@ def silent_adapter(llm: LLM, folder: Path) -> Path:
     save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
     return folder
+
+
+def test_the_card_tells_what_the_model_is(plain: LLM) -> None:
+    async def run(backend: LocalBackend) -> Any:
+        typed: Backend = backend
+        return typed.card
+
+    card = with_backend(run)
+    folder = plain.checkpoint.path.parent
+    assert (card.name, card.format, card.family) == ("cria", "safetensors", plain.config.generation)
+    assert (card.context_length, card.vocab_size, card.embedding_length) == (512, 2048, 256)
+    assert card.nbytes == (folder / "model.safetensors").stat().st_size
+    assert card.modified == (folder / "model.safetensors").stat().st_mtime
+    assert (
+        card.quantization
+        == {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}[next(iter(plain.checkpoint.tensors.values())).dtype]
+    )
+    assert (card.chat, card.tools, card.sees, card.infills, card.template) == (False, False, False, False, None)
+    assert len(bytes.fromhex(card.digest)) == 32
+    other = with_backend(run, LLM("cria", quant="Q8_0"))
+    assert (other.quantization, other.digest == card.digest) == ("Q8_0", False)
+    assert with_backend(run, LLM("cria")).digest == card.digest
+
+
+def test_a_path_is_no_name() -> None:
+    async def main() -> tuple[str, str]:
+        whole = LocalBackend(LLM(LLM("cria").checkpoint.path.parent))
+        named = LocalBackend(LLM("cria"), name="other")
+        names = whole.card.name, named.card.name
+        await whole.close()
+        await named.close()
+        return names
+
+    assert asyncio.run(main()) == ("cria", "other")
+
+
+def test_embeddings_are_those_of_the_model(invariant: LLM) -> None:
+    texts = [*PROMPTS, (5, 6, 7), *(f"the {n}th" for n in range(80))]
+
+    async def run(backend: LocalBackend) -> list[Any]:
+        return [
+            await backend.embed(texts),
+            await backend.embed(texts[:3], pooling="last", normalize=False),
+            await backend.embed([]),
+        ]
+
+    every, last, none = with_backend(run, LLM("cria", invariant=True))
+    assert [list(vector) for vector in every.vectors] == invariant.embed(texts).tolist()
+    assert every.prompt_tokens == sum(len(invariant.prompt_ids(text)[0]) for text in texts)
+    assert [list(v) for v in last.vectors] == invariant.embed(texts[:3], pooling="last", normalize=False).tolist()
+    assert (none.vectors, none.prompt_tokens) == ((), 0)
+
+
+def test_texts_that_cannot_be_embedded_end_the_others() -> None:
+    async def run(backend: LocalBackend) -> Any:
+        with pytest.raises(ContextError):
+            await backend.embed([*PROMPTS, (5,) * 513])
+        with pytest.raises(UsageError, match="no tokens"):
+            await backend.embed([()])
+        with pytest.raises(UsageError, match="a list of texts"):
+            await backend.embed("a text")
+        with pytest.raises(UsageError, match="pooling"):
+            await backend.embed(["a"], pooling="sum")  # type: ignore[arg-type]
+        return await backend.activity()
+
+    assert with_backend(run).waiting == 0
+
+
+def test_a_full_queue_is_waited_for_only_with_texts_under_way(invariant: LLM) -> None:
+    async def run(backend: LocalBackend) -> Any:
+        def most(waiting: int) -> Any:
+            def set_most(engine: Any) -> None:
+                engine._max_waiting = waiting
+
+            return asyncio.wrap_future(backend._thread.call(set_most))
+
+        await most(1)
+        found = await backend.embed([f"text {n}" for n in range(70)])
+        await most(0)
+        with pytest.raises(QueueFullError):
+            await backend.embed(["a", "b"])
+        return found
+
+    assert [list(v) for v in with_backend(run, LLM("cria", invariant=True)).vectors] == invariant.embed(
+        [f"text {n}" for n in range(70)]
+    ).tolist()
+
+
+def test_scores_are_those_of_the_model(invariant: LLM) -> None:
+    continuations = [" there was", " the", (9, 10)]
+
+    async def run(backend: LocalBackend) -> list[Any]:
+        with pytest.raises(UsageError):
+            await backend.score("Once", [""])
+        return [await backend.score("Once upon a time", continuations), await backend.score((1, 5), [(7,)], raw=True)]
+
+    text, ids = with_backend(run, LLM("cria", invariant=True))
+    assert list(text) == invariant.score("Once upon a time", continuations)
+    assert list(ids) == invariant.score((1, 5), [(7,)])
+
+
+def test_texts_and_ids(plain: LLM) -> None:
+    async def run(backend: LocalBackend) -> None:
+        ids = await backend.encode("Once upon")
+        assert list(ids) == plain.encode("Once upon")
+        assert await backend.encode((5, 6)) == (5, 6)
+        assert await backend.decode(ids) == plain.tokenizer.decode(ids)
+        assert b"".join(map(backend.token_bytes, ids[1:])).decode().strip() == "Once upon"
+        assert backend.token_bytes(ids[0]) == b""
+        assert backend.token_bytes(1 << 20) == b""
+        with pytest.raises(TokenizerError):
+            await backend.decode([1 << 20])
+        with pytest.raises(ChatFormatError, match="cria has no chat format"):
+            await backend.render([Message("user", "x")])
+        with pytest.raises(ChatFormatError, match="no chat format"):
+            await backend.encode((Message("user", "x"),))
+
+    with_backend(run)
+
+
+def test_what_it_does_is_told() -> None:
+    async def run(backend: LocalBackend) -> None:
+        events = backend.generate(Request(PROMPTS[0], Sampling(ignore_eos=True)))
+        async for event in events:
+            if event.text:
+                break
+        busy = await backend.activity()
+        assert (busy.running, busy.waiting) == (1, 0)
+        assert busy.pages_total == busy.pages_used + busy.pages_cached + busy.pages_free
+        assert busy.pages_used > 0
+        await events.aclose()  # type: ignore[attr-defined]
+        idle = await backend.activity()
+        assert (idle.running, idle.pages_used) == (0, 0)
+        assert idle.steps >= busy.steps > 0
+        assert (idle.page_tokens, idle.kernels, idle.kv_type) == (
+            backend._llm._runner.page, backend._llm.kernels, backend._llm.kv_type,
+        )  # fmt: skip
+        await backend.close()
+        with pytest.raises(StoppedError):
+            await backend.activity()
+
+    with_backend(run, slow())
