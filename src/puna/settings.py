@@ -3,7 +3,8 @@
 What it is: the table of every flag. A field is a flag: its name is the spelling, its type what it takes, its default
 the default, its `Flag` the help. The parser, `--help` and `docs/reference/cli.md` are made from it (`puna.cli.flags`).
 What it is not: the hub's settings. `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`, `HF_HUB_CACHE` and `HF_HUB_OFFLINE` belong to
-huggingface_hub, which reads them itself, so that Puna and every other program on the machine agree on them.
+huggingface_hub, which reads them itself, so that Puna and every other program on the machine agree on them. The
+variables that begin with `OTEL_` are OpenTelemetry's in the same way.
 What is surprising: a class's docstring is what `puna COMMAND --help` prints, its first line what `puna --help` prints.
 """
 
@@ -21,9 +22,13 @@ from puna.types import DTYPES, KERNELS, KV_TYPES, QUANTS, SPECULATIONS, TYPES, S
 ENVIRONMENT = {
     "PUNA_HOME": "the folder where Puna keeps its state: what was pulled, and the lines typed in chats "
     "(default: `puna` in the platform's data folder)",
+    "PUNA_DATABASE": "where a server keeps its keys and their use: a file, or `postgresql://…` "
+    "(default: `server.db` in PUNA_HOME)",
+    "PUNA_API_KEY": "the key of `puna serve` where `--api-key` is not given, which other users of the machine can see",
     "PUNA_DEBUG": "set to anything but 0: as `--debug`",
     "PUNA_CPU": "what computes on the CPU where `--kernels` is left at `auto`, by the same names: `avx2` or `scalar` "
     "simulate a smaller machine",
+    "OPENAI_API_KEY": "the key that `puna bench serve` sends where `--api-key` is not given",
 }
 """Every environment variable Puna reads, and what it does; none is needed."""
 
@@ -54,9 +59,47 @@ def puna_home() -> Path:
     return (Path(data) if Path(data).is_absolute() else Path.home() / ".local" / "share") / "puna"
 
 
+def server_database(chosen: str | None = None) -> Path | str:
+    """Where a server keeps its state: what was chosen, else `PUNA_DATABASE`, else `server.db` in `puna_home()`.
+
+    A `postgresql://` URL stays one; anything else is a file.
+    """
+    where = chosen or os.environ.get("PUNA_DATABASE")
+    if not where:
+        return puna_home() / "server.db"
+    return where if where.startswith(("postgresql://", "postgres://")) else typed_path(where).absolute()
+
+
+def audit_file() -> Path:
+    """Where it is written down who made or revoked a key, and with `--audit` each request: `audit.jsonl` in
+    `puna_home()`."""
+    return puna_home() / "audit.jsonl"
+
+
+def traces_wanted() -> bool:
+    """Whether OpenTelemetry's own variables name somebody to send traces to. The rest of them its packages read."""
+    endpoints = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    return any(os.environ.get(name) for name in endpoints) and os.environ.get("OTEL_SDK_DISABLED") != "true"
+
+
 def debug_wanted() -> bool:
     """Whether `PUNA_DEBUG` asks for tracebacks."""
     return os.environ.get("PUNA_DEBUG", "0") not in ("", "0")
+
+
+def server_key() -> str | None:
+    """The API key that `PUNA_API_KEY` gives a server; None where it is not set."""
+    return os.environ.get("PUNA_API_KEY") or None
+
+
+def server_state() -> Path:
+    """Where a server keeps files, batches and stored responses: `server` in `puna_home()`."""
+    return puna_home() / "server"
+
+
+def key_to_send() -> str | None:
+    """The API key that `OPENAI_API_KEY` names for servers that are asked; None where it is not set."""
+    return os.environ.get("OPENAI_API_KEY") or None
 
 
 def cpu_wanted() -> str:
@@ -69,8 +112,9 @@ class Flag:
     """How a settings field is typed at the command line.
 
     A `positional` is given by place, the others by `--name` (and by `short`, such as `-o`); a tuple may be given
-    several times. `metavar` stands for the value in help; `choices` are all the values there are; what is `required`
-    has no default.
+    several times, a positional one takes the words that are left. `metavar` stands for the value in help; `choices` are
+    all the values there are; what is `required` has no default. A `table` is a tuple of NAME=VALUE words that a
+    configuration file writes as a table.
     """
 
     help: str
@@ -79,15 +123,24 @@ class Flag:
     choices: tuple[str, ...] = ()
     positional: bool = False
     required: bool = False
+    table: bool = False
 
 
-def _option(help: str, default: Any, metavar: str = "", *, short: str = "", choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"flag": Flag(help, metavar, short, choices)})
+def _option(
+    help: str,
+    default: Any,
+    metavar: str = "",
+    *,
+    short: str = "",
+    choices: tuple[str, ...] = (),
+    table: bool = False,
+) -> Any:
+    return field(default=default, metadata={"flag": Flag(help, metavar, short, choices, table=table)})
 
 
-def _argument(help: str, metavar: str, *, required: bool = False) -> Any:
+def _argument(help: str, metavar: str, *, required: bool = False, default: Any = None) -> Any:
     flag = Flag(help, metavar, positional=True, required=required)
-    return field(metadata={"flag": flag}) if required else field(default=None, metadata={"flag": flag})
+    return field(metadata={"flag": flag}) if required else field(default=default, metadata={"flag": flag})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +329,39 @@ class ConvertSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchServeSettings(Settings):
+    """Put a load on a server that speaks OpenAI's protocol, and measure how long its clients wait.
+
+    URL is the server's, with or without /v1. With --rate requests arrive as a Poisson process, whatever the server
+    does, and each one's waiting counts from when it was due; without it --clients ask again as soon as they are
+    answered. Prompts are made of common words, about a token each, the first --shared of them the same in all. The
+    tokens that are reported are those that the server counts.
+    """
+
+    command: ClassVar[str] = "bench serve"
+
+    url: str = _argument("the server, such as http://127.0.0.1:8080", "URL", required=True)
+    model: str | None = _option("the model (default: the first that the server lists)", None, "NAME")
+    api_key: str | None = _option("the key to send (default: OPENAI_API_KEY's)", None, "KEY")
+    endpoint: str = _option(
+        "which protocol: texts to continue, or conversations", "chat", choices=("chat", "completions")
+    )
+    requests: int = _option("how many requests are measured", 100, "N")
+    warmup: int = _option("requests before them that do not count", 4, "N")
+    clients: int = _option("clients that ask one request after another", 8, "N")
+    rate: float = _option("requests a second in place of --clients", 0.0, "X")
+    prompt: int = _option("words of a prompt", 256, "N")
+    shared: int = _option("those at its beginning that are the same in all prompts", 0, "N")
+    new: int = _option("tokens of an answer at most", 64, "N")
+    ignore_eos: bool = _option("ask for answers of exactly that length, where the server knows `ignore_eos`", False)
+    seed: int = _option("draws the words and the arrivals", 0, "N")
+    ttft_ms: float | None = _option("an answer is good where its first piece came within so many ms", None, "MS")
+    itl_ms: float | None = _option("and where the mean time between two pieces is at most so many ms", None, "MS")
+    timeout: float = _option("seconds after which a request has failed", 600.0, "SECONDS")
+    plot: Path | None = _option("write the distributions as a picture", None, "FILE.svg")  # noqa: RUF009
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchSettings(Settings):
     """Measure how fast a model is here, beside other engines.
 
@@ -301,6 +387,37 @@ class BenchSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeysSettings(Settings):
+    """Make, list and revoke the API keys of a server.
+
+    `puna keys add NAME` makes a key and prints it once: only its hash is kept. `puna keys list` shows all, `puna keys
+    revoke NAME` ends one. A server that runs takes changes in within a second. Once there is a key, nobody is let in
+    without one. The flags but --database are for `add`. A day's tokens are counted from midnight UTC.
+    """
+
+    command: ClassVar[str] = "keys"
+
+    action: str = field(
+        metadata={
+            "flag": Flag(
+                "add, list or revoke", "ACTION", choices=("add", "list", "revoke"), positional=True, required=True
+            )
+        }
+    )
+    name: str | None = _argument("what the key is called", "NAME")
+    scopes: str | None = _option(
+        "what it may do, commas between: infer, batch, manage, observe (default: infer)", None, "SCOPE,..."
+    )
+    models: str | None = _option("the models it may use, commas between (default: all)", None, "MODEL,...")
+    requests_per_minute: int | None = _option("requests a minute at most", None, "N")
+    tokens_per_minute: int | None = _option("tokens a minute at most, prompts' and answers'", None, "N")
+    tokens_per_day: int | None = _option("tokens a day at most", None, "N")
+    priority: int | None = _option("whose requests go first: a larger number (default: 0)", None, "N")
+    expires: str | None = _option("the day it ends, or the time: 2030-01-31, 2030-01-31T12:00Z", None, "DATE")
+    database: str | None = _option("a file, or postgresql://... (default: PUNA_DATABASE's)", None, "WHERE")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DoctorSettings(Settings):
     """Show what this machine has, and which implementation each operation uses, and why."""
 
@@ -310,11 +427,66 @@ class DoctorSettings(Settings):
     device: str = _option("also try this torch device", "cpu", "DEVICE")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(Settings):
+    """Serve models over HTTP, to clients of OpenAI, Anthropic and Ollama, with a page to talk to them.
+
+    MODEL is as for `puna run`; the first is the default. Models that are named are loaded at the start and stay. With
+    none, every model that was pulled, and cria, is loaded when somebody asks for it, and unloaded when it was idle for
+    --keep-alive seconds or its memory is needed; --on-demand says the same of models that are named.
+
+    --config names a TOML file that says what flags say, under their names (`port = 8000`, `keep-alive = 60`); a flag
+    that is typed goes before the file. --alias and --option are tables there: [alias] NAME = "MODEL" and
+    [option.MODEL] KEY = VALUE. The options of a model are dtype, quant, tokenizer, adapter, speculate, draft, kv-type
+    and kv-memory, as for `puna run`; MODEL * stands for all.
+
+    Without a key it answers this machine only; `puna keys add` makes keys, which a running server takes in at once, and
+    from then on nobody is let in without one. --no-key lets everybody in who can reach it. SIGTERM (and Ctrl-C) lets
+    answers end first; a second one does not. One process runs all models: there are no workers.
+    """
+
+    command: ClassVar[str] = "serve"
+
+    models: tuple[str, ...] = _argument("the models (default: all that were pulled, and cria)", "MODEL", default=())
+    host: str = _option("the address to listen at; 0.0.0.0 or :: for all of this machine's", "127.0.0.1", "HOST")
+    port: int = _option("the port to listen at; 0 takes a free one", 8080, "N")
+    config: Path | None = _option("a TOML file that says what flags say", None, "FILE")  # noqa: RUF009
+    print_config: bool = _option("print what holds as such a file, and end", False)
+    memory: float | None = _option(
+        "gigabytes that all models together may take (default: most of what is available)", None, "GB"
+    )
+    on_demand: bool = _option("load the models that are named when they are asked for, not at the start", False)
+    keep_alive: float = _option(
+        "seconds that a model loaded on demand stays without use; below 0: for good", 300.0, "SECONDS"
+    )
+    alias: tuple[str, ...] = _option("another name for a model; may be repeated", (), "NAME=MODEL", table=True)
+    option: tuple[str, ...] = _option("an option of a model; may be repeated", (), "MODEL.KEY=VALUE", table=True)
+    device: str = _option("cpu, or a torch device such as cuda, for all models", "cpu", "DEVICE")
+    kernels: str = _option("what computes on the CPU, for all models", KERNELS[0], choices=KERNELS)
+    invariant: bool = _option("compute each answer's bits alike, whatever runs beside it or is in the cache", False)
+    api_key: str | None = _option("one key that may do everything, beside those of `puna keys`", None, "KEY")
+    no_key: bool = _option("let everybody in who can reach it; needed where others can and there is no key", False)
+    database: str | None = _option(
+        "where the keys are: a file, or postgresql://... (default: PUNA_DATABASE's)", None, "WHERE"
+    )
+    allow_host: tuple[str, ...] = _option(
+        "a name that clients call this server by, beside its addresses; may be repeated", (), "NAME"
+    )
+    allow_origin: tuple[str, ...] = _option(
+        "a web page that may call it, such as https://chat.example; may be repeated", (), "ORIGIN"
+    )
+    log: str = _option("how requests are told on stderr", "off", choices=("off", "line", "json"))
+    audit: bool = _option("write each request to audit.jsonl in PUNA_HOME: who, which model, how much, no text", False)
+    log_prompts: bool = _option("put prompts into these two as well", False)
+    drain_seconds: float = _option("how long answers may go on after SIGTERM", 30.0, "SECONDS")
+    connections: int = _option("connections at most; a further one is told that the server is busy", 2048, "N")
+
+
 COMMANDS: dict[str, type[Settings]] = {
     settings.command: settings
     for settings in (
-        RunSettings, PullSettings, ListSettings, ShowSettings, RemoveSettings, ModelsSettings, ConvertSettings,
-        BenchSettings, DoctorSettings,
+        RunSettings, ServeSettings, KeysSettings, PullSettings, ListSettings, ShowSettings, RemoveSettings,
+        ModelsSettings, ConvertSettings, BenchSettings, BenchServeSettings, DoctorSettings,
     )
 }  # fmt: skip
 """Every command, by its name, in the order of `puna --help`."""

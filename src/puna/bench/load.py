@@ -57,9 +57,7 @@ def put(
     draw = random.Random(load.seed)
     shared = draw.choices(vocabulary, k=load.shared)
     prompts = [[*shared, *draw.choices(vocabulary, k=load.prompt - load.shared)] for _ in range(load.requests)]
-    arrivals = [0.0] * load.requests
-    for i in range(1, load.requests):
-        arrivals[i] = arrivals[i - 1] + (draw.expovariate(load.rate) if load.rate else 0.0)
+    arrivals = arrivals_of(load.requests, load.rate, draw)
     asked: dict[int, _Asked] = {}
     done: list[_Asked] = []
     sent = 0
@@ -82,6 +80,20 @@ def put(
             if one.left <= 0:
                 done.append(asked.pop(request))
     return figures(done, load)
+
+
+def arrivals_of(requests: int, rate: float, draw: random.Random) -> list[float]:
+    """When each request is due, in seconds from the first: a Poisson process of `rate` a second; 0: all at once."""
+    arrivals = [0.0] * requests
+    for i in range(1, requests):
+        arrivals[i] = arrivals[i - 1] + (draw.expovariate(rate) if rate else 0.0)
+    return arrivals
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """What a distribution of times looks like: its mean, percentiles and largest; 0 for none."""
+    found = {f"p{share}": percentile(values, share) for share in (50, 90, 95, 99)}
+    return {"mean": sum(values) / len(values) if values else 0.0, **found, "max": max(values, default=0.0)}
 
 
 def figures(done: Sequence[_Asked], load: Load) -> dict[str, float]:

@@ -13,7 +13,7 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,7 @@ class Session:
             "model": self.model,
             "mode": "text" if self.continues else "chat",
             "system": self.system,
-            "messages": [asdict(message) for message in self.messages],
+            "messages": [{"role": message.role, "content": message.content} for message in self.messages],
             "sampling": {name: getattr(self.sampling, name) for name in SAMPLING_FLAGS},
         }
         if path.is_file():

@@ -56,17 +56,28 @@ def read(settings: type[S], arguments: Sequence[str]) -> S:
     words += tail
     values = {name: value for name, value in vars(found).items() if name != "help"}
     places = [each for each in fields(settings) if flag(each).positional]
-    if len(words) > len(places):
+    rest_to = places[-1].name if places and places[-1].default == () else None  # the last takes all that are left
+    if len(words) > len(places) and rest_to is None:
         extra = words[len(places)]
         raise UsageError(
             f"puna {settings.command}: {_shown(extra)} is one argument too many.",
             remedy="Put a text of several words between quotes." if places else usage(settings),
         )
     values |= {each.name: word for each, word in zip(places, words, strict=False)}
+    if rest_to in values:
+        values[rest_to] = tuple(words[len(places) - 1 :])
+    if values.get("config") is not None:
+        from puna.cli import config_file
+
+        typed = {name: value for name, value in values.items() if value is not None}
+        values = config_file.read(settings, values["config"]) | typed
     missing = [spelling(each) for each in fields(settings) if flag(each).required and values.get(each.name) is None]
     if missing:
         raise UsageError(f"puna {settings.command} needs {' and '.join(missing)}.", remedy=usage(settings))
     for each in places:
+        if (choices := flag(each).choices) and values[each.name] not in choices:
+            said = f"{spelling(each)} must be one of {', '.join(choices)}, not {_shown(values[each.name])}."
+            raise UsageError(said, remedy=usage(settings))
         # An empty name would be taken for the current folder, as an empty path is.
         if flag(each).required and values[each.name] == "":
             raise UsageError(f'{spelling(each)} is empty: ""', remedy=usage(settings))
@@ -100,7 +111,8 @@ def usage(settings: type[Settings]) -> str:
     parts = [f"Usage: puna {settings.command}"]
     for each in ordered(settings):
         if flag(each).positional:
-            parts.append(spelling(each) if flag(each).required else f"[{spelling(each)}]")
+            more = " ..." if each.default == () else ""
+            parts.append(spelling(each) if flag(each).required else f"[{spelling(each)}{more}]")
         elif flag(each).required:
             parts.append(f"{spelling(each)} {value_name(each)}")
     return " ".join([*parts, "[options]"])

@@ -59,7 +59,8 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"puna {__version__}")
         return 0
-    name, rest = arguments[0], arguments[1:]
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    name, rest = " ".join(arguments[:words]), arguments[words:]
     kind = COMMANDS.get(name)
     if kind is None:
         near = flags.suggestion(name, [*COMMANDS, "--help", "--version"])
@@ -73,7 +74,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _run(name: str, settings: Settings) -> int:
-    code: int = importlib.import_module(f"puna.cli.{name}").main(settings)
+    code: int = importlib.import_module(f"puna.cli.{name.replace(' ', '_')}").main(settings)
     return code
 
 

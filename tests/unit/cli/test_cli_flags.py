@@ -114,9 +114,10 @@ def test_help_shows_every_flag_and_the_usage(kind: type[Settings]) -> None:
 
 @pytest.mark.parametrize("kind", COMMANDS.values(), ids=COMMANDS.keys())
 def test_no_flag_is_dead(kind: type[Settings]) -> None:
-    """Every field is read by the command's own module (or, for `run`, by the chat); `debug` is main's."""
-    modules = {"run": ("run", "chat")}.get(kind.command, (kind.command,))
-    read = {"debug"} | ({each.name for each in fields(Sampling)} if kind is RunSettings else set())
+    """Every field is read by the command's own module (or, for `run`, by the chat); `debug` is main's, and `config` the
+    parser's."""
+    modules = {"run": ("run", "chat")}.get(kind.command, (kind.command.replace(" ", "_"),))
+    read = {"debug", "config"} | ({each.name for each in fields(Sampling)} if kind is RunSettings else set())
     for name in modules:
         for node in ast.walk(ast.parse((SOURCE / "cli" / f"{name}.py").read_text("utf-8"))):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("settings", "self.settings"):
