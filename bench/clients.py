@@ -36,7 +36,10 @@ def specs(options: argparse.Namespace, target: engines.Target) -> list[EngineSpe
         extra = {"room": room, "step_tokens": step_tokens and int(step_tokens)}
         found.append(EngineSpec(name, ours.module, ours.arguments | extra))
     for peer in options.against.split(",") if options.against else ():
-        if peer == "llama-server":
+        if peer == "puna-serve":
+            arguments = {"model": str(target.path), "vocabulary": target.config.vocab_size}
+            found.append(EngineSpec(peer, "puna.bench.puna_server", arguments))
+        elif peer == "llama-server":
             arguments = {
                 "server": str(options.server), "model": str(target.path), "threads": options.threads,
                 "slots": options.clients, "context": options.prompt + options.new + 64,
@@ -59,7 +62,7 @@ def specs(options: argparse.Namespace, target: engines.Target) -> list[EngineSpe
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a GGUF; `puna bench --shape` makes one")
-    parser.add_argument("--against", help="llama-server, openvino")
+    parser.add_argument("--against", help="llama-server, openvino, puna-serve")
     parser.add_argument("--server", type=Path, help="llama.cpp's llama-server, for --against llama-server")
     parser.add_argument(
         "--repack", choices=("both", "on", "off"), default="both", help="llama-server's regrouping of weights on load"
