@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src -type f -not -name '*.pyc' -not -name '*.so')
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format test-slow test-peers test-sanitize test-arm wheel bench bench-gguf cria clean
+.PHONY: help run test lint format test-slow test-peers test-sanitize test-arm test-clients page test-page wheel bench bench-gguf cria clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,18 @@ test-sanitize: $(VENV)/core.stamp $(VENV)/dev.stamp ## the kernels under the add
 test-arm: $(VENV)/core.stamp $(VENV)/dev.stamp ## the kernels as Clang compiles them, and on an emulated Arm
 	$(BIN)/python -m pip install --quiet --group build --group arm
 	$(BIN)/python -m pytest -m arm
+
+test-clients: $(VENV)/core.stamp $(VENV)/dev.stamp ## other people's clients against a running server, an environment each (9 GB of disk)
+	$(BIN)/python -m pytest -m clients
+
+# The page that the server shows at /. What is built is committed, so that nobody needs Node who does not change it.
+page: ## build the chat page into the package (Node >= 20.19)
+	cd page && npm ci && npm run build
+
+test-page: ## build the chat page again and compare, then test it, in Chromium too (CHROMIUM=path)
+	cd page && npm ci && npm run build -- --outDir ../build/page
+	diff -r build/page src/puna/server/page
+	cd page && npm test && npm run test:browser
 
 wheel: $(VENV)/python.stamp ## a wheel for this machine in dist/ (`cibuildwheel` makes those for others, see pyproject.toml)
 	$(BIN)/python -m pip install --quiet --group wheel

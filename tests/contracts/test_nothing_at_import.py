@@ -23,7 +23,8 @@ HEAVY = (
 LATE = (
     "puna.kernels.torch_ops", "puna.kernels.triton", "puna.engine.torch_runner", "puna.train",  # torch's
     "puna.text.template",  # jinja2's
-    "puna.gateway.local",  # asyncio's
+    "puna.gateway", "puna.bench.serve",  # asyncio's
+    "puna.server",  # FastAPI's
 )  # fmt: skip
 """Modules made of a heavy library, imported inside functions when their turn comes. They are not imported here, so that
 a module which imports one of them outside a function is found."""

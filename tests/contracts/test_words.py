@@ -37,6 +37,11 @@ def faults(name: str, text: str) -> list[str]:
     ]
 
 
+def built(name: str) -> bool:
+    """Whether a file is the page's bundled script: a highlighter in it knows the words that it colours in comments."""
+    return name.startswith("src/puna/server/page/") and name.endswith(".js")
+
+
 def test_the_repository_keeps_to_itself() -> None:
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -51,7 +56,8 @@ def test_the_repository_keeps_to_itself() -> None:
         if b"\0" in data[:8192]:  # weights, pictures
             continue
         read += 1
-        found += faults(name, data.decode("utf-8"))
+        some = faults(name, data.decode("utf-8"))
+        found += [fault for fault in some if not (built(name) and "note to self" in fault)]
     assert read > 10
     assert found == []
 
