@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from puna.engine.engine import Progress
 from puna.engine.sampler import Draw
 from puna.engine.thread import STUCK_AFTER, EngineThread, Health, Listener
-from puna.errors import ChatFormatError, PunaError, QueueFullError, TokenizerError, UsageError
+from puna.errors import ChatFormatError, ContextError, PunaError, QueueFullError, TokenizerError, UsageError
 from puna.gateway.card import model_card
 from puna.gateway.post import Mail, Post
 from puna.llm import LLM, scores_of, vector_of
@@ -52,6 +52,13 @@ if TYPE_CHECKING:
 
 EMBEDDED_AT_ONCE = 64
 """Texts of one `embed` that are submitted at a time: enough to fill every step, and few among those who wait."""
+
+TOKEN_CHARS = 32
+"""Characters that a token of a prompt stands for at most, on the average of all of them. Text of people has 3 to 5, and
+a text above this is refused before it is encoded: that takes a second for each megabyte, of whatever length is sent."""
+
+SHORT_PROMPT = 1000
+"""Characters, or ids, of a prompt that the event loop encodes itself: well under a millisecond."""
 
 
 class LocalBackend:
@@ -102,6 +109,8 @@ class LocalBackend:
         """See types.Backend; the vectors are those of `LLM.embed`. Raises what it does, and QueueFullError."""
         if isinstance(texts, str):
             raise UsageError("embed takes a list of texts.", remedy="Put the text into a list.")
+        for text in texts:
+            self._check_length(text)
         prompts = await asyncio.to_thread(lambda: [self._llm.prompt_ids(text, raw=True)[0] for text in texts])
         vectors: list[tuple[float, ...]] = [()] * len(prompts)
         left = list(range(len(prompts)))
@@ -147,6 +156,8 @@ class LocalBackend:
         priority: int = 0,
     ) -> tuple[Score, ...]:
         """See types.Backend; the scores are those of `LLM.score`. Raises what it does, and QueueFullError."""
+        for text in (prompt, *continuations):
+            self._check_length(text)
         ids, given = await asyncio.to_thread(self._llm.given_ids, prompt, continuations, raw=raw)
         begin = partial(
             self._thread.submit_score,
@@ -160,6 +171,7 @@ class LocalBackend:
 
     async def encode(self, prompt: Prompt, *, raw: bool = False, tools: Sequence[Tool] = ()) -> tuple[int, ...]:
         """See types.Backend. Raises what `LLM.encode` does."""
+        self._check_length(prompt, tools)
         ids, _ = await asyncio.to_thread(self._llm.prompt_ids, prompt, raw=raw, tools=tools)
         return tuple(ids)
 
@@ -172,6 +184,7 @@ class LocalBackend:
         chat_format = self._llm.chat_format
         if chat_format is None:
             raise ChatFormatError(f"{self.card.name} has no chat format.", remedy="Give it a text to continue instead.")
+        self._check_length(tuple(messages), tools)
         return await asyncio.to_thread(chat_format.render, messages, tools=tools)
 
     def token_bytes(self, token: int) -> bytes:
@@ -228,7 +241,8 @@ class LocalBackend:
 
     async def _generate(self, request: Request) -> AsyncGenerator[Event]:
         sampling = request.sampling
-        plan = await asyncio.to_thread(self._plan, request)
+        self._check_length(request.prompt, request.tools)
+        plan = self._plan(request) if _is_short(request) else await asyncio.to_thread(self._plan, request)
         grammar = plan.grammar
         constraint = None if grammar is None else await asyncio.to_thread(self._compile, grammar)
         strict = {name: await self._compiled(each) for name, each in plan.strict.items()}
@@ -289,6 +303,15 @@ class LocalBackend:
             for each in {number, *(request for request, _ in of)}:
                 self._thread.cancel(each)
 
+    def _check_length(self, prompt: Prompt, tools: Sequence[Tool] = ()) -> None:
+        """Raises ContextError for a prompt that no context has room for, whatever its tokens are."""
+        size, most = _characters(prompt, tools), self._card.context_length
+        if size > TOKEN_CHARS * most:
+            raise ContextError(
+                f"The prompt's {size} characters are far more than the model's context of {most} tokens has room for.",
+                remedy="Shorten the prompt.",
+            )
+
     def _plan(self, request: Request) -> _Plan:
         """What a request comes to. Raises what `LLM.prompt_ids` does, and UsageError and GrammarError about tools."""
         llm, stops = self._llm, request.sampling.stop
@@ -310,9 +333,8 @@ class LocalBackend:
             grammar = call_grammar(form, tools, many=many)
             tag = llm.tokenizer.encode(form.tag, allow_special=True) if form.tag else []  # no grammar has room for it
             return _Plan([*ids, *tag], follows, grammar, names, many, tagged=bool(tag), stops=stops)
-        room = (
-            form.kind == "pythonic" and form.many and many
-        )  # then the calls of one list are one text, which may hold any of the tools
+        # Where several calls are one list, they are one text, which may hold any of the tools.
+        room = form.kind == "pythonic" and form.many and many
         strict = {tool.name: call_grammar(form, tools if room else [tool], many=many) for tool in tools if tool.strict}
         return _Plan(ids, follows, None, names, many, strict=strict, stops=stops)
 
@@ -459,6 +481,17 @@ class _Choice:
         self._parser = CallParser(self._plan.names, many=self._plan.many, calls=calls)
 
 
+def _characters(prompt: Prompt, tools: Sequence[Tool]) -> int:
+    """Characters of a prompt that are to be encoded: none of ids, and what a template says is left out."""
+    size = sum(len(tool.name) + len(tool.description) + len(tool.parameters) for tool in tools)
+    if isinstance(prompt, str):
+        return size + len(prompt)
+    for part in prompt:
+        if isinstance(part, Message):
+            size += len(part.content) + sum(len(call.name) + len(call.arguments) for call in part.tool_calls)
+    return size
+
+
 _GOLDEN = 0x9E3779B97F4A7C15
 """2^64 divided by the golden ratio: multiples of it lie far from each other."""
 
@@ -473,6 +506,13 @@ def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
 
 def _told(draws: Sequence[Draw] | None) -> tuple[TokenLogprob, ...]:
     return tuple(TokenLogprob(draw.token, draw.logprob, draw.top) for draw in draws or () if draw.logprob is not None)
+
+
+def _is_short(request: Request) -> bool:
+    """Whether its prompt becomes ids sooner than a thread would have begun. A chat's template may do anything."""
+    prompt = request.prompt
+    plain = request.raw or not (isinstance(prompt, str) or (prompt and isinstance(prompt[0], Message)))
+    return plain and not request.tools and len(prompt) <= SHORT_PROMPT
 
 
 async def _best(events: AsyncIterator[Event], n: int) -> list[Event]:

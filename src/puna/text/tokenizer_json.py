@@ -78,7 +78,8 @@ class JsonTokenizer(Tokenizer):
         # Whether special tokens are found in a text is a state of the engine, hence the lock.
         with faults_of(f"{self.source} cannot encode this text"), self._lock:
             self._engine.encode_special_tokens = not special
-            ids: list[int] = self._engine.encode(text, add_special_tokens=False).ids
+            # The library lets other threads run only while it encodes several texts; one may take seconds.
+            ids: list[int] = self._engine.encode_batch([text], add_special_tokens=False)[0].ids
         if self._missing_bytes and (lost := self._missing_bytes.intersection(text.encode())):
             # The library would leave them out without a word.
             raise TokenizerError(

@@ -8,6 +8,8 @@ import json
 import struct
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -384,12 +386,24 @@ def test_text_that_a_tokenizer_json_has_no_tokens_for_is_refused(byte_level_fold
         load_tokenizer(byte_level_folder).encode("hazy")
 
 
+def test_other_threads_run_while_a_long_text_is_encoded(byte_level_folder: Path) -> None:
+    """A text of a megabyte takes a second, in which a server's event loop has others to answer."""
+    tokenizer = load_tokenizer(byte_level_folder)
+    encoding = threading.Thread(target=tokenizer.encode, args=("hey " * 200_000,))
+    encoding.start()
+    turns = 0
+    while encoding.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns >= 20
+
+
 def test_a_panic_of_the_library_is_a_tokenizer_error(byte_level_folder: Path) -> None:
     class Panic(BaseException):
         """As pyo3's PanicException, which cannot be imported."""
 
     class Engine:
-        def encode(self, text: str, add_special_tokens: bool) -> None:
+        def encode_batch(self, texts: list[str], add_special_tokens: bool) -> None:
             raise Panic("index out of bounds")
 
     tokenizer = load_tokenizer(byte_level_folder)
