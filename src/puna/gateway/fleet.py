@@ -14,6 +14,7 @@ import asyncio
 import logging
 import threading
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -148,7 +149,8 @@ class Fleet:
                     slot.loading = asyncio.get_running_loop().create_future()
                     self._spawn(self._load(slot, slot.loading))
                 await asyncio.shield(slot.loading)
-            assert slot.backend is not None
+            if slot.backend is None:  # closed since it was loaded
+                raise _stopped()
             yield slot.backend
         finally:
             slot.leases -= 1
@@ -171,8 +173,11 @@ class Fleet:
             if slot.loading is not None:
                 _end(slot.loading, _stopped())
         for slot in self._slots.values():
+            if slot.leaving is not None and slot.leases:
+                slot.leaving.cancel()  # it waits for answers that may never end: a client that does not read
+        for slot in self._slots.values():
             if slot.backend is not None:  # in use or not: its close ends every answer under way
-                await slot.backend.close()
+                await _close(slot.backend, slot.served.name)
         while self._tasks:
             await asyncio.wait(list(self._tasks))
         for slot in self._slots.values():
@@ -274,7 +279,7 @@ class Fleet:
         self._alive()
         backend = await in_thread(self._shelf.load, slot.served, described, cache)
         if self._closed:
-            await backend.close()
+            await _close(backend, slot.served.name)
             return
         slot.backend = backend
 
@@ -352,15 +357,13 @@ class Fleet:
                 await slot.quiet.wait()
             backend, slot.backend = slot.backend, None
             if backend is not None:
-                try:
-                    await backend.close()
-                except Exception:
-                    LOG.exception("%s did not close as it should", slot.served.name)
+                await _close(backend, slot.served.name)
                 del backend
                 await in_thread(self._shelf.unloaded)
-            slot.resident = 0
         finally:
             slot.leaving = None
+            if slot.backend is None:
+                slot.resident = 0
             if not self._closed:
                 self.sweep()
 
@@ -409,6 +412,14 @@ def _busy(slot: _Slot) -> bool:
     return bool(slot.backend is not None or slot.loading is not None or slot.leaving is not None or slot.leases)
 
 
+async def _close(backend: Backend, name: str) -> None:
+    """Close it. One that fails at that is as good as gone, and keeps nobody else from leaving."""
+    try:
+        await backend.close()
+    except Exception:
+        LOG.exception("%s did not close as it should", name)
+
+
 def _stopped() -> StoppedError:
     return StoppedError("The server is stopping.", remedy="Ask again when it is back.")
 
@@ -444,6 +455,7 @@ async def in_thread(work: Callable[..., T], *arguments: Any) -> T:
             result = work(*arguments)
         except BaseException as raised:
             error = raised
+            _forget_locals(raised)
         try:
             loop.call_soon_threadsafe(tell, result, error)
         except RuntimeError:  # the loop is closed: the process ends
@@ -451,3 +463,11 @@ async def in_thread(work: Callable[..., T], *arguments: Any) -> T:
 
     threading.Thread(target=run, name="puna-fleet", daemon=True).start()
     return await done
+
+
+def _forget_locals(error: BaseException | None) -> None:
+    """Drop what the functions that an error came through had in their hands: an error that is told to many, or logged,
+    would keep half a model in memory for as long."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__

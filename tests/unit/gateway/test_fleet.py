@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Coroutine
 from typing import Any
 
@@ -401,6 +402,88 @@ def test_a_close_tells_who_waits_and_ends_what_is_open() -> None:
         with pytest.raises(StoppedError):
             async with fleet.use("a"):
                 pass
+
+    run(work())
+
+
+def test_a_close_waits_for_no_client_that_never_ends() -> None:
+    async def work() -> None:
+        shelf = ToyShelf({"a": (60, 1, 1), "b": (60, 1, 1)})
+        fleet = Fleet(shelf, memory=100)
+        async with fleet.use("a"):
+
+            async def ask() -> None:
+                async with fleet.use("b"):
+                    raise AssertionError("it was given out")
+
+            waiting = asyncio.create_task(ask())
+            await until(lambda: fleet._slots["a"].leaving is not None)
+            await fleet.close()  # while "a" is still in use, and has to make room when it no longer is
+            with pytest.raises(StoppedError):
+                await waiting
+            assert shelf.taken == 0
+
+    run(work())
+
+
+def test_one_that_does_not_close_keeps_no_other_from_it() -> None:
+    async def work() -> None:
+        shelf = ToyShelf({"a": (1, 1, 1), "b": (1, 1, 1)})
+        fleet = Fleet(shelf, memory=100)
+        async with fleet.use("a") as a, fleet.use("b"):
+
+            async def fail() -> None:
+                raise RuntimeError("no")
+
+            a.close = fail  # type: ignore[method-assign]
+        await fleet.close()
+        assert shelf.taken == 2  # "a" still has its own
+
+    run(work())
+
+
+def test_a_room_that_was_left_is_free_though_giving_it_back_failed() -> None:
+    async def work() -> None:
+        shelf = ToyShelf({"a": (60, 1, 1), "b": (60, 1, 1)})
+
+        def unloaded() -> None:
+            raise OSError("no")
+
+        shelf.unloaded = unloaded  # type: ignore[method-assign]
+        fleet = Fleet(shelf, memory=100)
+        async with fleet.use("a"):
+            pass
+        async with fleet.use("b"):
+            fleet.check()
+        await fleet.close()
+
+    run(work())
+
+
+def test_the_error_of_a_load_keeps_nothing_that_was_loaded() -> None:
+    class Half:
+        """What was loaded when it failed."""
+
+    async def work() -> None:
+        left: list[weakref.ref[Half]] = []
+
+        def load(*given: Any) -> Backend:
+            half = Half()
+            left.append(weakref.ref(half))
+            try:
+                raise ValueError("the other half is missing")
+            except ValueError as error:
+                raise CheckpointError("It is damaged.") from error
+
+        shelf = ToyShelf({"a": (1, 1, 1)})
+        shelf.load = load  # type: ignore[method-assign]
+        fleet = Fleet(shelf, memory=100)
+        with pytest.raises(CheckpointError) as raised:
+            async with fleet.use("a"):
+                pass
+        assert raised.value.__traceback__ is not None
+        assert left[0]() is None
+        await fleet.close()
 
     run(work())
 

@@ -141,3 +141,35 @@ def test_a_damaged_model_is_told_in_the_list_and_when_it_is_asked_for(tmp_path: 
         await fleet.close()
 
     asyncio.run(work())
+
+
+def test_models_that_are_named_on_demand_take_turns(tmp_path: Path) -> None:
+    folder = tmp_path / "my own"  # what follows a blank is no commit here
+    shutil.copytree(embedded_folder(), folder)
+
+    async def work() -> None:
+        shelf = LocalShelf(["cria", str(folder)], on_demand=True)
+        need = shelf.describe(shelf.served()[0]).need
+        fleet = Fleet(shelf, memory=need.least * 3 // 2)
+        await fleet.start()
+        assert fleet.loaded() == []
+        request = Request("Once upon a time", sampling=Sampling(temperature=0, max_tokens=4))
+        for name in ("my own", "cria", "my own"):
+            async with fleet.use(name) as backend:
+                assert "".join([event.text async for event in backend.generate(request)])
+                assert backend.card.name == name
+            assert [state.card.name for state in await fleet.states() if state.loaded] == [name]
+            fleet.check()
+        await fleet.close()
+
+    asyncio.run(work())
+
+
+def test_the_card_of_a_loaded_model_has_the_context_that_its_cache_has_room_for() -> None:
+    shelf = LocalShelf(options={"*": ModelOptions(kv_memory=0.0005)})
+    [served] = shelf.served()
+    described = shelf.describe(served)
+    backend = shelf.load(served, described, None)
+    loaded: LLM = backend._llm  # type: ignore[attr-defined]
+    assert backend.card.context_length == loaded.cache.tokens < described.card.context_length
+    asyncio.run(backend.close())
