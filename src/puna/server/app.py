@@ -105,7 +105,11 @@ def create_app(
         await observatory.close()
         store.close()
 
-    app = FastAPI(title="Puna", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    # Telemetry is the observatory's: the framework would ask the environment for it at each request.
+    app = FastAPI(
+        title="Puna", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )  # fmt: skip
     app.state.service, app.state.observatory, app.state.draining = service, observatory, False
     app.state.store, app.state.worker = store, worker
     for router in ROUTERS:
@@ -136,6 +140,10 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, ValueError):  # of Python's JSON reader, which FastAPI tells nothing about
+        why = "It must be UTF-8, and no number may have more digits than anybody can mean."
+        refusal = RequestError("The body is not valid JSON.", remedy=why, code="invalid_json")
+        return await _failed(request, refusal)
     known = {404: "not_found", 405: "method_not_allowed"}
     refusal = RequestError(f"{error.detail}.", status=error.status_code, code=known.get(error.status_code, ""))
     return await _failed(request, refusal)

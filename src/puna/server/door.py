@@ -16,6 +16,7 @@ import json
 import logging
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -111,6 +112,7 @@ class Door:
     def __post_init__(self) -> None:
         self._ring = KeyRing(self.keys) if self.keys is not None else None
         self._rates = Rates()
+        self._held: Counter[str] = Counter()  # bytes of bodies under way, by key
         self._suspects = Suspects(self.limits.bad_keys, self.limits.addresses)
         single = self.single_key
         self._single = None if single is None else digest_of(single)
@@ -181,7 +183,7 @@ class Door:
         state = scope.setdefault("state", {})
         state["request_id"], state["caller"], state["exchange"] = exchange.id, Caller(scopes=frozenset()), exchange
         answer = _Answer(exchange, send)
-        body = _Body(receive, self.limits)
+        body = _Body(receive, self.limits, self._held)
         answer.body = body
         token = CURRENT.set(exchange)
         try:
@@ -192,7 +194,7 @@ class Door:
                     caller = await self._let_in(scope, head, exchange, answer)
                     state["caller"] = caller
                     exchange.key, exchange.name = caller.key, caller.name
-                    body.expect(head)
+                    body.expect(head, caller.key)
                     await app(scope, body.receive, answer.send)
                 else:
                     await answer.nothing(204)
@@ -205,6 +207,7 @@ class Door:
                 if not await answer.fail(error):
                     raise
         finally:
+            body.let_go()
             CURRENT.reset(token)
             exchange.seconds = time.monotonic() - exchange.began
             exchange.route = _template(scope)
@@ -286,7 +289,7 @@ class Door:
         if origin in self.origins or ("*" in self.origins and origin != "null"):
             answer.allow(origin)
             return
-        if urlsplit(origin).netloc.lower() == head.names.get("host", "").lower() and origin != "null":
+        if _authority(origin) == head.names.get("host", "").lower() and origin != "null":
             return
         if head.method not in _SAFE or (head.method == "OPTIONS"):
             raise RequestError(
@@ -416,16 +419,18 @@ class _Body:
     What is wrong is raised to whoever reads, and kept: frameworks turn what they are raised into words of their own.
     """
 
-    def __init__(self, receive: Receive, limits: Limits) -> None:
-        self._receive, self._limits = receive, limits
-        self._size = 0
+    def __init__(self, receive: Receive, limits: Limits, held: Counter[str]) -> None:
+        self._receive, self._limits, self._held = receive, limits, held
+        self._size = self._taken = 0
+        self._key = ""
         self._nesting: Nesting | None = None
         self._ends = 0.0
         self.whole = True
         self.problem: RequestError | None = None
 
-    def expect(self, head: _Head) -> None:
-        """What kind of body comes."""
+    def expect(self, head: _Head, key: str) -> None:
+        """What kind of body comes, and whose."""
+        self._key = key
         self.whole = not head.has_body
         self._ends = time.monotonic() + self._limits.whole_body_seconds
         if head.has_body and "json" in head.names.get("content-type", "").lower():
@@ -455,10 +460,33 @@ class _Body:
         self._size += len(piece)
         if self._size > self._limits.body:
             raise _too_large(self._limits.body)
+        self._hold()
         if self._nesting is not None and piece:
             await self._nesting.feed(piece)
         self.whole = not message.get("more_body", False)
         return message
+
+    def _hold(self) -> None:
+        """Count what has come among all that is held. Raises RequestError where that is too much."""
+        limits, held = self._limits, self._held
+        more = max(0, self._size - limits.small_body) - self._taken
+        if more <= 0:
+            return
+        # A key alone may have all that one body takes, and else half: the rest is for the others.
+        own = max(limits.body, limits.bodies // 2) if self._key else limits.bodies
+        if held.total() + more > limits.bodies or held[self._key] + more > own:
+            raise RequestError(
+                "Too many large bodies are under way.", remedy="Try again.", status=503, code="busy", retry_after=5
+            )
+        held[self._key] += more
+        self._taken += more
+
+    def let_go(self) -> None:
+        """The request is over, and its body gone."""
+        self._held[self._key] -= self._taken
+        self._taken = 0
+        if not self._held[self._key]:
+            del self._held[self._key]
 
     async def linger(self) -> None:
         """Read on for a moment and throw it away, so that a client in the middle of sending hears the answer before the
@@ -583,6 +611,14 @@ def _given_key(names: dict[str, str]) -> str | None:
     if found and not _KEY.fullmatch(found[0]):
         raise RequestError("This API key is not known here.", status=401, code="invalid_api_key")
     return found[0] if found else None
+
+
+def _authority(origin: str) -> str:
+    """Host and port of an origin, "" where it has none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:  # "http://[" is none
+        return ""
 
 
 def _template(scope: Scope) -> str:

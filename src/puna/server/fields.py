@@ -64,10 +64,11 @@ def several(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def answer(schema: dict[str, Any], stream: str = "") -> dict[int | str, dict[str, Any]]:
-    """A route's answer for its description; `stream` is the type of what is sent piece by piece where that is asked."""
+    """A route's answer for its description; `stream` is the type of what is sent piece by piece where that is asked:
+    events, whose schema OpenAPI has as that of one event, or lines."""
     content: dict[str, Any] = {"application/json": {"schema": schema}}
     if stream:
-        content[stream] = {"schema": TEXT}
+        content[stream] = {"schema": shape(data=TEXT) if stream == "text/event-stream" else TEXT}
     return {
         200: {"description": "The answer, whole or piece by piece." if stream else "The answer.", "content": content}
     }

@@ -79,6 +79,13 @@ class Limits:
     body: int = MAX_BODY
     """Bytes of a body: what is larger is refused as soon as it is seen (413)."""
 
+    bodies: int = 8 * MAX_BODY
+    """Bytes of all bodies of requests under way, where they are larger than `small_body`; what is more is told to come
+    again (503). Half of it at most is one key's."""
+
+    small_body: int = 64 << 10
+    """Bytes of a body that are always taken."""
+
     depth: int = MAX_DEPTH
     """Nested objects and arrays of a JSON body."""
 

@@ -19,6 +19,10 @@ MAX_VALUES = 2_000_000
 """Values of a body, as its commas count them: a context of a million tokens as ids is half of that, and a parser takes
 a tenth of a second for it."""
 
+MAX_THINGS = 100_000
+"""Texts, keys, objects and arrays of a body: each may be a fault of its own to who checks the fields, and costs it
+microseconds; a conversation has six for each message."""
+
 _PIECE = 64 << 10
 # Possessive repeats, and an end that may be missing: one pass over any input, whatever its quotes.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?+', re.DOTALL)
@@ -29,11 +33,12 @@ _STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
 
 
 class Nesting:
-    """Refuses a text that nests deeper than `most`, or has more than `MAX_VALUES` values."""
+    """Refuses a text that nests deeper than `most`, or has more than `MAX_VALUES` values or `MAX_THINGS` that are no
+    numbers."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._depth = self._values = 0
+        self._depth = self._values = self._things = 0
         self._before = b""  # what must stand before the next piece: the begin of a string that goes on
 
     async def feed(self, data: bytes) -> None:
@@ -50,12 +55,18 @@ class Nesting:
         if b'"' in piece or self._before:
             piece = self._before + piece
             escape = b"\\" if (len(piece) - len(piece.rstrip(b"\\"))) % 2 else b""  # it belongs to what comes next
-            piece = _STRING.sub(b"", piece.removesuffix(escape) + _END)
+            piece, strings = _STRING.subn(b"", piece.removesuffix(escape) + _END)
+            self._things += strings
             self._before = (b'"' if piece.endswith(b"\0") else b"") + escape
         self._values += piece.count(b",")
         if self._values > MAX_VALUES:
             raise RequestError(f"A body has at most {MAX_VALUES} values.", status=413, code="body_too_large")
         brackets = piece.translate(None, _NOT_BRACKETS)
+        self._things += len(brackets) // 2
+        if self._things > MAX_THINGS:
+            raise RequestError(
+                f"A body has at most {MAX_THINGS} texts, keys, objects and arrays.", status=413, code="body_too_large"
+            )
         if brackets:
             depths = np.cumsum(_STEPS[np.frombuffer(brackets, np.uint8)])
             if self._depth + int(depths.max()) > self._most:

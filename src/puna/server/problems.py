@@ -8,6 +8,7 @@ was stands in the log under that id.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -80,9 +81,18 @@ def problem_of(error: BaseException, request_id: str = "") -> Problem:
     for kind, status, code in _STATUS:
         if isinstance(error, kind):
             headers = {"Retry-After": "1"} if status in (429, 503) else {}
-            return Problem(status, _words(error), code, None, headers)
+            words = _words(error)
+            return Problem(status, without_folders(words) if kind is UserError else words, code, None, headers)
     about = f" Its log has the reason under the request id {request_id}." if request_id else ""
     return Problem(500, f"The server failed.{about}", "server_error")
+
+
+_FOLDERS = re.compile(r"(?<![\w.~/-])/(?:[^\s/'\"]+/)+(?=[^\s/'\"])")
+
+
+def without_folders(text: str) -> str:
+    """A text about files, which are told by their names alone: where they lie is nobody's business but the owner's."""
+    return _FOLDERS.sub("", text)
 
 
 def _words(error: PunaError) -> str:

@@ -146,7 +146,7 @@ class Service:
     ) -> Embeddings:
         """A vector for each text, counted and looked on."""
         await self.ledger.admit(call)
-        watch = self.observer.begin(call)
+        watch = self.observer.begin(call, None, backend.card.name)
         usage = Usage(0, 0, 0)
         failed: BaseException | None = None
         try:
