@@ -39,7 +39,7 @@ PRIORITY = -100
 """Of a line's request: after everybody who waits for an answer."""
 
 AT_ONCE = 16
-"""Lines under way at once, of all batches together."""
+"""Lines under way at once, of all batches together; and of one batch, those that wait to be asked again included."""
 
 MAX_LINES = 50_000
 """Lines of a batch, as in OpenAI's API."""
@@ -289,12 +289,12 @@ class Worker:
         """Answer the lines that have no answer; False where the batch's time is over before that."""
         try:
             async with asyncio.timeout(batch.about["expires_at"] - time.time()), asyncio.TaskGroup() as group:
-                last = -1
+                last, few = -1, asyncio.Semaphore(AT_ONCE)
                 while lines := await asyncio.to_thread(self._store.waiting, batch.id, last, 4 * AT_ONCE):
                     for line in lines:
-                        await self._slots.acquire()
+                        await few.acquire()
                         task = group.create_task(self._line(batch, line))
-                        task.add_done_callback(lambda _: self._slots.release())
+                        task.add_done_callback(lambda _: few.release())
                     last = lines[-1].number
         except TimeoutError:
             return False
@@ -309,7 +309,9 @@ class Worker:
                         "stream is not honoured in a batch.", code="unsupported_parameter", param="stream"
                     )
                 complete = ENDPOINTS[batch.about["endpoint"]]
-                status, body = 200, await complete(self._service, self._store, _caller(batch.caller), request["body"])
+                async with self._slots:  # not while it waits: a key without tokens would keep all others from theirs
+                    body = await complete(self._service, self._store, _caller(batch.caller), request["body"])
+                status = 200
                 break
             except Exception as error:
                 if isinstance(error, ValidationError):

@@ -111,8 +111,17 @@ class Called(Body):
     function: CalledFunction
 
 
+_NOT_IN_A_MESSAGE: dict[str, tuple[tuple[object, ...], str]] = {
+    "audio": ((), "no model here speaks"),
+    "function_call": ((), "it is deprecated, and tool_calls has taken its place"),
+    "annotations": (([],), "texts are not cited here"),
+}
+
+
 class ChatMessage(Body):
     """A message. `developer` is what `system` was called before; a `tool` answers the call `tool_call_id`."""
+
+    model_config = ConfigDict(json_schema_extra=told_refused(_NOT_IN_A_MESSAGE))
 
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
     content: str | list[Part] | None = None
@@ -309,9 +318,10 @@ def messages_of(messages: list[ChatMessage]) -> tuple[Message, ...]:
         where = f"messages.{i}"
         calls = tuple(ToolCall(c.function.name, c.function.arguments, c.id) for c in message.tool_calls or ())
         names.update((call.id, call.name) for call in calls)
-        for name in ("audio", "function_call", "annotations"):
-            if getattr(message, name) not in (None, []):
-                raise unsupported(f"{where}.{name}")
+        for name, (harmless, why) in _NOT_IN_A_MESSAGE.items():
+            value = getattr(message, name)
+            if value is not None and value not in harmless:
+                raise unsupported(f"{where}.{name}", why)
         if message.role == "function":
             raise unsupported(f"{where}.role", 'A function\'s answer has the role "tool"')
         # Chat formats have no place for it; of a tool it says again what was called.

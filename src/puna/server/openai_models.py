@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from puna.server.caller import Caller, needs
 from puna.server.openai_parts import RESPONSES
+from puna.server.problems import without_folders
 from puna.server.service import Service, service_of, unknown_model
 from puna.types import ModelState
 
@@ -62,7 +63,7 @@ def described(state: ModelState) -> Model:
         nbytes=card.nbytes,
         loaded=state.loaded,
         fits=state.fits,
-        why=state.why,
+        why=without_folders(state.why),
         chat=card.chat,
         tools=card.tools,
         sees=card.sees,

@@ -70,6 +70,10 @@ LOGPROBS = "message.output_text.logprobs"
 """What `include` may name."""
 
 
+ItemId = Annotated[str, Field(max_length=256)]
+"""An item's id. No prompt has it, so no context bounds it; and it is kept, and read again at each turn that follows."""
+
+
 class ItemPart(Body):
     """A piece of an item's text."""
 
@@ -84,12 +88,12 @@ class Item(Body):
     """A message, a call of a function (`function_call`), or what came of it (`function_call_output`)."""
 
     type: str | None = None
-    id: str | None = None
+    id: ItemId | None = None
     status: str | None = None
     role: Literal["user", "assistant", "system", "developer"] | None = None
     phase: Literal["commentary", "final_answer"] | None = None
     content: str | list[ItemPart] | None = None
-    call_id: str | None = None
+    call_id: ItemId | None = None
     name: str | None = None
     arguments: str | None = None
     output: str | list[ItemPart] | None = None

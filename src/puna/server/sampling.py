@@ -83,7 +83,7 @@ def to_sampling(**values: Any) -> Sampling:
 def _most(name: str, count: object, most: int, what: str) -> None:
     if isinstance(count, int) and count > most:
         raise RequestError(
-            f"{name} asks for {count:.6g} {what}; at most {most} are given.",
+            f"{name} asks for more than the {most} {what} that are given at most.",
             remedy="Ask for fewer.",
             code="invalid_value",
             param=name,

@@ -10,6 +10,7 @@ Methods block: call them through `asyncio.to_thread`. The SQL is what PostgreSQL
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import threading
 import time
@@ -29,6 +30,9 @@ PIECE_BYTES = 1 << 20
 
 MAX_STORED_BYTES = 2 << 30
 """What one key may keep, files and responses together."""
+
+MAX_BATCHES = 64
+"""Batches of one key that are not over: each takes as much room as its file, up to a body's size."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
@@ -96,6 +100,8 @@ class Store:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = ":memory:" if folder is None else str(folder / "state.sqlite3")
+        if folder is not None:  # for its owner's eyes, whatever the folder's mode; SQLite's other files get the same
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=30)
         self._lock = threading.Lock()
         # A commit is on the disk before it is told: a batch's finished line survives the machine's power too.
@@ -179,8 +185,19 @@ class Store:
             database.execute("DELETE FROM files WHERE expires <= ?", (now,))
 
     def add_batch(self, batch: Batch) -> None:
-        """Keep a batch."""
+        """Keep a batch. Raises RequestError where its owner has too many that are not over: each has a copy of its
+        file's lines."""
         with self._transaction() as database:
+            marks = ", ".join("?" * len(UNFINISHED))
+            query = f"SELECT COUNT(*) FROM batches WHERE owner = ? AND status IN ({marks})"
+            if database.execute(query, (batch.owner, *UNFINISHED)).fetchone()[0] >= MAX_BATCHES:
+                raise RequestError(
+                    f"This key has {MAX_BATCHES} batches that are not over.",
+                    remedy="Wait for one, or cancel one.",
+                    status=429,
+                    code="too_many_batches",
+                    retry_after=60,
+                )
             values = (batch.id, batch.owner, json.dumps(batch.caller), batch.status, batch.created)
             database.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?)", (*values, json.dumps(batch.about)))
 
