@@ -11,7 +11,6 @@ taken, as it says what to keep where something is cut.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -153,7 +152,7 @@ def seconds(keep_alive: KeepAlive) -> float | None:
     if keep_alive is None:
         return None
     if not isinstance(keep_alive, str):
-        if math.isfinite(keep_alive) and abs(keep_alive) < 1e12:
+        if abs(keep_alive) < 1e12:  # which no NaN is; `isfinite` would fail of a whole number of 400 digits
             return float(keep_alive)
         raise _no_duration(keep_alive)
     sign, rest = (-1.0, keep_alive[1:]) if keep_alive[:1] == "-" else (1.0, keep_alive.removeprefix("+"))
@@ -253,8 +252,16 @@ class Called(Body):
     type: Literal["function"] | None = None
 
 
+_NOT_IN_A_MESSAGE = {
+    "images": "this model takes text only",
+    "thinking": "no model here thinks apart from its answer",
+}
+
+
 class ChatMessage(Body):
     """A message."""
+
+    model_config = ConfigDict(json_schema_extra=told_refused(_NOT_IN_A_MESSAGE))
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
@@ -297,8 +304,7 @@ def conversation(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
     count = 0
     for i, message in enumerate(messages):
         where = f"messages.{i}"
-        why = {"images": "this model takes text only", "thinking": "no model here thinks apart from its answer"}
-        refuse(message, why, f"{where}.")
+        refuse(message, _NOT_IN_A_MESSAGE, f"{where}.")
         calls = []
         for called in message.tool_calls or ():
             text = json_text(called.function.arguments, f"{where}.tool_calls")
