@@ -21,14 +21,14 @@ from typing import Any
 
 class ServerUnderLoad:
     """See load.Serving. `command` starts it on a port; `path` and `body` (of a prompt's ids, and the tokens to make)
-    ask; `counted` says how many tokens are in a piece of the stream."""
+    ask; `counted` says how many tokens a piece of the stream brings, after so many before it."""
 
     def __init__(
         self,
         command: Callable[[int], list[str]],
         path: str,
         body: Callable[[list[int], int], dict[str, Any]],
-        counted: Callable[[dict[str, Any]], int],
+        counted: Callable[[dict[str, Any], int], int],
     ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -76,7 +76,7 @@ class ServerUnderLoad:
         left = new
         for line in connection.getresponse():
             if line.startswith(b"data: {"):
-                tokens = min(left, self._counted(json.loads(line[6:])))
+                tokens = min(left, self._counted(json.loads(line[6:]), new - left))
                 left -= tokens
                 if tokens:
                     self._came.put((request, tokens))

@@ -27,9 +27,14 @@ class PunaServer(ServerUnderLoad):
         def body(prompt: list[int], new: int) -> dict[str, Any]:
             return {
                 "model": "", "prompt": prompt, "max_tokens": new, "stream": True, "ignore_eos": True, "temperature": 0,
+                "stream_options": {"include_usage": True, "continuous_usage_stats": True},
             }  # fmt: skip
 
-        super().__init__(command, "/v1/completions", body, lambda piece: len(piece["choices"]))
+        def made(piece: dict[str, Any], before: int) -> int:
+            tokens: int = piece["usage"]["completion_tokens"]  # a piece holds several where its reader was behind
+            return tokens - before
+
+        super().__init__(command, "/v1/completions", body, made)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def test_from_the_start_to_the_end() -> None:
         (["--port=-1"], "--port must be a port"),
         (["--memory", "0"], "--memory must be gigabytes"),
         (["--memory", "nan"], "--memory must be gigabytes"),
+        (["--on-demand"], "no model is named"),
         (["--keep-alive", "inf"], "--keep-alive must be seconds"),
         (["--drain-seconds=-1"], "--drain-seconds must be seconds"),
         (["--connections", "0"], "--connections must be a whole number"),

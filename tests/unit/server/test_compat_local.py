@@ -23,6 +23,7 @@ from puna.gateway.local import LocalBackend
 from puna.models import decoder
 from puna.models.config import read_hub
 from puna.server.app import create_app
+from puna.text.chat import builtin_format
 from puna.types import Message
 from puna.weights import names
 
@@ -231,3 +232,86 @@ def test_the_card_knows_what_begins_and_ends_a_text(cria: Served, chats: Served)
         assert words.special[told["bos_token"]] == words.bos_id
     assert told["bos_token"] == "<|begin_of_text|>"
     assert told["eos_token"] == "<|end_of_text|>"  # what the file of merges names; a turn ends by another
+
+
+@pytest.mark.parametrize("error", [RuntimeError("secret"), MemoryError("secret")])
+def test_an_engine_that_fails_in_the_middle_ends_every_stream_with_an_error(
+    serve: Any, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    streams = {
+        "/v1/completions": {"prompt": "Once", "max_tokens": 400},
+        "/api/generate": {"model": "cria", "prompt": "Once", "raw": True},
+        "/v1/completions#n": {"prompt": ["Once", "Tom"], "n": 2, "max_tokens": 200, "ignore_eos": True},
+    }
+    for path, body in streams.items():
+        llm = LLM("cria")
+        run, left = llm._runner.run, [12]
+
+        def failing(batch: Any, run: Any = run, left: list[int] = left) -> Any:
+            left[0] -= 1
+            if not left[0]:
+                raise error
+            return run(batch)
+
+        llm._runner.run = failing  # type: ignore[method-assign]
+        url = serve(create_app(LocalBackend(llm)))
+        answer = httpx2.post(f"{url}{path.partition('#')[0]}", json={**body, "stream": True}, timeout=60)
+        assert answer.status_code == 200, answer.text
+        pieces = [line for line in answer.text.splitlines() if line]
+        assert len(pieces) > 1
+        assert "error" in json.loads(pieces[-1].removeprefix("data: ")), pieces[-1]
+        assert "secret" not in answer.text
+        assert not any(json.loads(each.removeprefix("data: ")).get("done") for each in pieces[:-1])
+        # The server goes on, and says why it does not answer.
+        again = httpx2.post(f"{url}/v1/completions", json={"prompt": "Once"}, timeout=60)
+        assert again.status_code in (200, 503), again.text
+        assert httpx2.get(f"{url}/health").status_code == 200
+
+
+def test_a_chat_that_fails_in_the_middle_ends_with_an_error(chats: Served, serve: Any, tmp_path: Path) -> None:
+    ask = {"messages": HI, "max_tokens": 100}
+    streams = {
+        "/v1/chat/completions": ask,
+        "/v1/messages": {"model": "tiny", **ask},
+        "/v1/responses": {"input": "Hi", "max_output_tokens": 100},
+        "/api/chat": {"model": "tiny", "messages": HI},
+    }
+    for path, body in streams.items():
+        llm = LLM(chats.llm.checkpoint.path)
+        run, left = llm._runner.run, [8]
+
+        def failing(batch: Any, run: Any = run, left: list[int] = left) -> Any:
+            left[0] -= 1
+            if not left[0]:
+                raise RuntimeError("secret")
+            return run(batch)
+
+        llm._runner.run = failing  # type: ignore[method-assign]
+        url = serve(create_app(LocalBackend(llm, name="tiny")))
+        answer = httpx2.post(f"{url}{path}", json={**body, "stream": True}, timeout=60)
+        assert answer.status_code == 200, answer.text
+        last = json.loads([line for line in answer.text.splitlines() if line][-1].removeprefix("data: "))
+        assert "secret" not in answer.text
+        assert last.get("error") or last["response"]["error"], last
+        if path == "/v1/messages":
+            assert last["type"] == "error"
+        if path == "/v1/responses":
+            assert last["type"] == "response.failed"
+
+
+def test_message_start_counts_the_tag_before_a_call_that_must_be_made(chats: Served, serve: Any) -> None:
+    llm = LLM(chats.llm.checkpoint.path)
+    llm.chat_format = builtin_format("llama3.1", instruct=True)
+    served = Served(llm, serve(create_app(LocalBackend(llm, name="tiny"))))
+    tool: Any = {"name": "clock", "description": "The time.", "input_schema": SCHEMA}
+    prompts = []
+    for kind in ("auto", "any"):
+        events = served.anthropic.messages.create(
+            model="tiny", max_tokens=40, messages=HI, tools=[tool], tool_choice={"type": kind}, stream=True,
+        )  # type: ignore[call-overload]  # fmt: skip
+        told = list(events)
+        (start,) = [event.message.usage for event in told if event.type == "message_start"]
+        (end,) = [event.usage for event in told if event.type == "message_delta"]
+        assert start.input_tokens == end.input_tokens + end.cache_read_input_tokens
+        prompts.append(start.input_tokens)
+    assert prompts[1] == prompts[0] + 1

@@ -44,8 +44,10 @@ class Echo(Body):
 
 def app_of_tests(limits: Limits) -> FastAPI:
     """The server, with a route that echoes and one that never ends."""
-    app = create_app(ScriptedBackend(), door=Door(single_key="a-key-for-tests", limits=limits))
+    door = Door(single_key="a-key-for-tests", limits=limits)
+    app = create_app(ScriptedBackend(), door=door)
     app.state.closed = threading.Event()
+    app.state.door = door
 
     @app.post("/echo")
     async def echo(body: Echo, request: Request, caller: Annotated[Caller, Depends(needs("infer"))]) -> Any:
@@ -337,11 +339,39 @@ def test_a_key_is_asked_for_before_the_body_is_read(line: Line) -> None:
         assert (status, code(body)) == (401, "missing_api_key")
 
 
+def test_large_bodies_under_way_are_bounded_together() -> None:
+    """What is held counts for all, is given back whatever becomes of a request, and small bodies come in still."""
+    begun = POST + b"Content-Length: 90000\r\n\r\n" + b'{"value":"' + b"a" * 59_990
+    for line in served(Limits(body=100_000, bodies=100_000, small_body=1000)):
+        with line.connect() as first:
+            first.sendall(begun)
+            whole = POST + b"Content-Length: 60000\r\n\r\n" + b'{"value":"' + b"a" * 59_988 + b'"}'
+            until = time.monotonic() + 20
+            while (found := line.ask(whole))[0] != 503:  # until the first one's bytes have come in
+                assert found[0] == 200
+                assert time.monotonic() < until
+            assert code(found[1]) == "busy"
+            assert line.ask(POST + b'Content-Length: 11\r\n\r\n{"value":1}')[0] == 200
+        until = time.monotonic() + 20
+        while line.ask(whole)[0] != 200:  # the first one's client is gone
+            assert time.monotonic() < until
+        while line.app.state.door._held:  # the last one's is given back once it is answered
+            assert time.monotonic() < until
+
+
 def test_a_trailer_is_no_header(line: Line) -> None:
     trailer = b'b\r\n{"value":1}\r\n0\r\nX-Forwarded-For: 1.2.3.4\r\nAuthorization: Bearer other\r\n\r\n'
     status, body = line.ask(POST + b"Transfer-Encoding: chunked\r\n\r\n" + trailer)
     assert status == 200
     assert not {"x-forwarded-for", "authorization"} & set(json.loads(body)["names"])
+
+
+@pytest.mark.parametrize("origin", [b"http://[", b"http://[::1", b"http://a]b", b"//", b"http://localhost@other", b"%"])
+def test_an_origin_that_is_none(line: Line, origin: bytes) -> None:
+    text = b'{"value":1}'
+    head = POST + b"Origin: " + origin + b"\r\nContent-Length: %d\r\n\r\n" % len(text)
+    status, body = line.ask(head + text)
+    assert (status, code(body)) == (403, "origin_not_allowed")
 
 
 def test_deep_json(line: Line) -> None:

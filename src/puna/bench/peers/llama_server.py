@@ -37,7 +37,7 @@ class LlamaServer(ServerUnderLoad):
                 "cache_prompt": True, "return_tokens": True,
             }  # fmt: skip
 
-        super().__init__(command, "/completion", body, lambda piece: len(piece.get("tokens") or ()))
+        super().__init__(command, "/completion", body, lambda piece, before: len(piece.get("tokens") or ()))
 
 
 if __name__ == "__main__":
