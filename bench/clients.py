@@ -88,6 +88,7 @@ def main() -> None:
     counts: dict[str, dict[str, float]] = {}
     workers = {spec.name: Worker(spec) for spec in specs(options, target)}
     ours = [name for name in workers if name.startswith(engines.OURS)]
+    counting = [name for name in ours if name != "puna-serve"]  # over HTTP nobody tells the engine's counts
     try:
         for name, worker in workers.items():
             worker.ask("load")
@@ -96,12 +97,12 @@ def main() -> None:
         rate = float(options.rate.removesuffix("x"))
         if options.rate.endswith("x"):
             rate *= best_peer({name: worker for name, worker in workers.items() if name not in ours}, load)
-        before = {name: workers[name].ask("counts") for name in ours}
+        before = {name: workers[name].ask("counts") for name in counting}
         for turn in range(options.turns):
             for name, worker in list(workers.items())[:: 1 if turn % 2 == 0 else -1]:
                 taken[name].append(worker.ask("clients", load=load | {"rate": rate, "seed": turn})["figures"])
                 terminal.note(f"{name}: {taken[name][-1]}")
-        for name in ours:
+        for name in counting:
             counts[name] = {key: value - before[name][key] for key, value in workers[name].ask("counts").items()}
     finally:
         for worker in workers.values():
@@ -114,7 +115,7 @@ def main() -> None:
     }
     for name, figures in taken.items():
         row[name] = {key: round(statistics.median(each[key] for each in figures), 4) for key in figures[0]}
-        if name in ours:
+        if name in counting:
             row[name]["steps"] = steps(counts[name])
         if name != ours[0]:
             row[name]["ratio"] = {

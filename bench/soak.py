@@ -6,7 +6,7 @@ and unloads another. Nothing may be lost: every request ends in an answer, or in
 those whose client leaves. The first tenth is the warm-up; memory is flat where the last tenth is near the one after the
 warm-up: in the mean (which model is loaded makes a difference, and a tenth has many turns) and at its peak.
 
-    python bench/soak.py --models cria stories260K.gguf --memory 0.012 --minutes 60 --record
+    python bench/soak.py --models cria stories260K.gguf --memory 0.012 --home HOME --minutes 60 --record
 """
 
 from __future__ import annotations

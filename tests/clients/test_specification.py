@@ -1,8 +1,10 @@
 """Our own OpenAPI description, taken at its word by schemathesis: 10,000 requests, most of them broken in some way.
 
 What it is: no answer is an error of the server's, none has a status, type or form that the description does not name,
-and none lets one wait. The model behind is a script: this is about HTTP.
-What is surprising: schemathesis has an environment of its own, as the clients have.
+and none lets one wait. The model behind is a script, and goes by every name that a model could have, since made-up
+requests would be answered 404 otherwise: this is about HTTP.
+What is surprising: schemathesis has an environment of its own, as the clients have. `/api/pull` is left out: it asks a
+hub on the network for whatever name is made up (its own tests have a hub of their own).
 """
 
 from __future__ import annotations
@@ -25,9 +27,15 @@ SCHEMATHESIS = Client("schemathesis", "Schemathesis", ("schemathesis",), "schema
 SERVING = """
 import sys
 import uvicorn
+from puna.gateway.one import OneModel
 from puna.gateway.scripted import ScriptedBackend
 from puna.server.app import create_app
-uvicorn.run(create_app(ScriptedBackend()), port=int(sys.argv[1]), log_level="warning")
+
+class AnyName(OneModel):
+    def _check(self, name):
+        pass
+
+uvicorn.run(create_app(AnyName(ScriptedBackend())), port=int(sys.argv[1]), log_level="warning")
 """
 CASES = int(os.environ.get("PUNA_SPEC_CASES", "10000"))
 
@@ -56,13 +64,15 @@ def test_the_description_is_kept(scripted: str, tmp_path: Path) -> None:
     with urllib.request.urlopen(f"{scripted}/openapi.json", timeout=30) as answer:
         operations = len(re.findall(rb'"operationId"', answer.read()))
     assert operations > 30
+    # The phase of coverage makes more than half of the cases, whatever is asked.
     done = subprocess.run(
         [
             str(Path(interpreter(SCHEMATHESIS)[0]).with_name("schemathesis")), "run", f"{scripted}/openapi.json",
             "--phases", "coverage,fuzzing",
             "--checks", "not_a_server_error,status_code_conformance,content_type_conformance,"
                         "response_schema_conformance",
-            "--max-examples", str(CASES // operations + 1), "--request-timeout", "20", "--workers", "2",
+            "--exclude-path", "/api/pull",
+            "--max-examples", str(CASES // operations // 2), "--request-timeout", "20", "--workers", "2",
             "--continue-on-failure", "--no-color", "--suppress-health-check", "all",
         ],
         capture_output=True, text=True, timeout=3000, check=False, cwd=tmp_path,
