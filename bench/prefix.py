@@ -3,7 +3,9 @@
 `cold` computes the whole prompt, alone on the engine, with a system prompt that nobody had before. `alone` is a client
 whose system prompt is in the cache, the others idle. `together` are all clients at once, each with the same system
 prompt in the cache, the median of them; `together, cold` the same with a system prompt that nobody had before, which
-one of them computes for all. Every client has `--own` tokens of its own after it.
+one of them computes for all. `apart` are all clients at once, cold, each with a system prompt of its own, so that
+nothing is shared: what `together` is compared with; it is measured once. Every client has `--own` tokens of its own
+after it.
 
     python bench/prefix.py --model 1b.gguf --record
 """
@@ -50,7 +52,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--record", action="store_true", help="append the row to bench/results/prefix.jsonl")
     options = parser.parse_args()
-    room = 2 * options.system + options.clients * (options.own + 64)
+    room = options.clients * (options.system + options.own + 128)
     engine, vocabulary = common.engine(options.model, room)
     draw = random.Random(0)
 
@@ -69,7 +71,8 @@ def main() -> None:
         taken["together"] += firsts(engine, [system + some(options.own) for _ in range(options.clients)])
         system = some(options.system)
         taken["together, cold"] += firsts(engine, [system + some(options.own) for _ in range(options.clients)])
-    cold = statistics.median(taken["cold"])
+    taken["apart"] = firsts(engine, [some(options.system + options.own) for _ in range(options.clients)])
+    cold, apart = (statistics.median(taken[name]) for name in ("cold", "apart"))
     row: dict[str, Any] = {
         "question": f"prefix {options.model.stem}",
         **{key: getattr(options, key) for key in ("clients", "system", "own", "turns")},
@@ -77,6 +80,7 @@ def main() -> None:
             name: {"seconds": round(statistics.median(times), 4), "faster": round(cold / statistics.median(times), 1)}
             for name, times in taken.items()
         },
+        "together over apart": round(apart / statistics.median(taken["together"]), 1),
     }
     common.record("prefix", row | common.pedigree(), options.record)
 
