@@ -93,10 +93,9 @@ def test_an_exception_in_a_step_ends_who_was_in_it_and_nobody_else(alone: list[s
     async def run(backend: LocalBackend) -> None:
         Broken(backend, fault)
         answers = await asyncio.gather(*(said(backend, request) for request in ASKED), return_exceptions=True)
-        for answer in answers[:3]:
-            assert isinstance(answer, PunaError)
-            assert "MemoryError: bad allocation" in str(answer)
-        assert answers[3:] == alone[3:]
+        failed = [answer for answer in answers if isinstance(answer, PunaError)]  # which come first, threads decide
+        assert ["MemoryError: bad allocation" in str(error) for error in failed] == [True] * 3
+        assert all(got in (want, *failed) for got, want in zip(answers, alone, strict=True))
         await settled(backend)
         assert await asyncio.gather(*(said(backend, request) for request in ASKED)) == alone
         assert backend.health == "ready"

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from puna.errors import DeviceError, PunaError
 
-PATIENCE = 10.0
+PATIENCE = 60.0
 """Seconds to wait for another process that writes at the same time."""
 
 Row = tuple[Any, ...]
