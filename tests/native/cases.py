@@ -42,10 +42,11 @@ from puna.kernels.layouts import (
     to_float32,
     words,
 )
-from puna.models import decoder
 from puna.models.config import DecoderConfig
+from puna.models.llama4_config import Llama4Config
+from puna.models.registry import definition
 from puna.models.rope import Rope
-from puna.models.tree import KVCache
+from puna.models.tree import ExpertLayer, KVCache
 
 DTYPES = ("fp32", "fp16", "bf16")
 FLOAT32 = 2e-6
@@ -223,6 +224,13 @@ ATTENTION = (
 )  # fmt: skip
 """First positions, tokens, page, heads, key/value heads, head size."""
 
+CHUNKED = (
+    ((0, 30), (40, 5), 16, 6, 2, 20, 16), ((37, 45, 64), (1, 8, 1), 16, 4, 2, 32, 16),
+    ((70, 3), (90, 60), 48, 4, 2, 32, 80), ((1098, 2047), (2, 70), 64, 4, 2, 64, 1024),
+    ((10,), (100,), 128, 3, 3, 33, 32),
+)  # fmt: skip
+"""The same and a chunk: of one page, across its edge, of no whole pages, over several stretches, within a page."""
+
 
 CACHES = ("fp32", "fp16", "bf16", "q8_0")
 
@@ -256,17 +264,17 @@ def write_kv() -> Iterator[Case]:
 
 def attention() -> Iterator[Case]:
     for kv_type in CACHES:
-        for first, counts, page, H, G, D in ATTENTION:
+        for first, counts, page, H, G, D, chunk in [*((*case, 0) for case in ATTENTION), *CHUNKED]:
             if kv_type == "q8_0" and D % 32:
                 continue
             table, q = laid_out(first, counts, page), normal(sum(counts), H, D)
             k, v = (filled(kv_type, table.pages.size, page, G, D, seed) for seed in (1, 2))
-            want = ref.attention(q.astype(np.float64), k, v, table)
+            want = ref.attention(q.astype(np.float64), k, v, table, chunk=chunk)
             # AVX-512 BF16 may round the queries and the weights of a prefill where the cache is not float32, and rounds
             # those of decode to 15 bits over Q8_0.
             for rounds in (0, 1):
                 bf16 = 1e-2 if rounds and kv_type != "fp32" else 3e-4 if kv_type == "q8_0" else 3e-6
-                numbers = (*table.pages.shape, page, H, G, D, rounds)
+                numbers = (*table.pages.shape, page, H, G, D, rounds, chunk)
                 yield Case("attention", numbers, 3e-6, (q, k, v, *table), (f32(want),), bf16)
 
 
@@ -338,6 +346,40 @@ def probe() -> Iterator[Case]:
         yield Case("probe", (3,), 0, (normal(count),), (NONE,))
 
 
+def route() -> Iterator[Case]:
+    for rows, count, k in ((1, 16, 1), (7, 3, 3), (33, 128, 2)):
+        logits = normal(rows, count)
+        yield Case("route", (rows, count, k), FLOAT32, (logits,), ref.route(logits, k))
+
+
+def experts() -> Iterator[Case]:
+    """Rows that share experts, alone and many, of dense and packed weights; one expert is nobody's."""
+    for kind in ("fp32", "bf16", "Q8_0", "Q4_K"):
+        block = TYPES[kind].block if kind in TYPES else 1
+        dim, hidden, each = (block, 2 * block, block) if block > 1 else (19, 33, 7)
+
+        def matrix(rows: int, columns: int, seed: int, kind: str = kind) -> Weight:
+            if kind in TYPES:
+                return packed(kind, rows, columns)
+            return convert(f32(normal(rows, columns, seed=seed) * np.float32(0.3)), kind)
+
+        def three(width: int, seed: int, dim: int = dim) -> tuple[Weight, Weight, Weight]:
+            sizes = ((width, dim), (width, dim), (dim, width))
+            return tuple(matrix(*size, seed + i) for i, size in enumerate(sizes))  # type: ignore[return-value]
+
+        parts, shared = [three(each, 10 * e) for e in range(4)], three(hidden, 50)
+        for rows, k in ((1, 1), (5, 2), (90, 1)):
+            x, scores = normal(rows, dim, seed=3), np.abs(normal(rows, k, seed=4)) % np.float32(1)
+            ids = np.array([[(row + slot) % 3 for slot in range(k)] for row in range(rows)], np.int32)
+            want = ref.experts(x, ids, scores, parts.__getitem__, shared)
+            leaves = [anywhere(weight) for part in (shared, *parts) for weight in part]
+            tolerance = 5e-2 if block > 1 else 1e-5
+            yield Case(
+                "experts", (rows, k, dim, hidden, each, len(parts)), tolerance, (x, ids, scores, *leaves), (want,),
+                max(tolerance, 3e-2),
+            )  # fmt: skip
+
+
 FORWARD = (
     # weights, cache, first positions, tokens, wanted rows (None: all), hidden states
     ("fp32", "fp32", (0, 3, 20), (19, 1, 6), (2, 5, 18, 19, 25), False), ("fp16", "fp16", (37,), (1,), None, False),
@@ -370,16 +412,57 @@ def forward_case(
         hidden_dim=max(96, block), norm_eps=1e-5, rope=Rope(D, 10_000.0), context_length=64,
         attention_bias=bias, mlp_bias=bias, interleaved_rope=index % 2 == 1,
     )  # fmt: skip
-    shapes, rng = decoder.shapes(config), np.random.default_rng(index)
+    return whole(config, index, dtype, kv_type, first, counts, wanted, hidden)
+
+
+MIXTURES = (
+    ("fp32", "fp32", (0, 20, 37), (19, 1, 6), (2, 5, 18, 19, 25), False), ("bf16", "fp16", (37,), (1,), None, True),
+    ("Q8_0", "q8_0", (0, 30), (40, 1), None, False), ("fp32", "", (0,), (45,), (), False),
+    ("Q4_K", "", (0,), (35,), (3, 34), False),
+)  # fmt: skip
+
+
+def mixtures() -> Iterator[Case]:
+    """Whole forwards of Llama 4s: dense layers and mixtures, chunked and global; the last layer is a mixture.
+
+    Beside packed weights every expert is chosen: activations rounded to 8 bits turn a router's near ties.
+    """
+    for index, (dtype, kv_type, first, counts, wanted, hidden) in enumerate(MIXTURES):
+        block = TYPES[dtype].block if dtype in TYPES else 1
+        heads = max(4, block // 32)
+        config = Llama4Config(
+            "llama4", 53, max(64, block), 3, heads, heads // 2, 32, max(96, block), 1e-5, Rope(32, 5e5), 64,
+            interleaved_rope=True, chunk=16, global_layers=(1,), expert_hidden_dim=max(32, block), experts=5,
+            experts_per_token=5 if block > 1 else 1 + index % 2, moe_layers=(1, 2), qk_norm=index != 1,
+            temperature_floor=8,
+        )  # fmt: skip
+        yield whole(config, index, dtype, kv_type, first, counts, wanted, hidden)
+
+
+def whole(
+    config: DecoderConfig,
+    index: int,
+    dtype: str,
+    kv_type: str,
+    first: Sequence[int],
+    counts: Sequence[int],
+    wanted: Sequence[int] | None,
+    hidden: bool,
+) -> Case:
+    """A whole forward of random weights, and the caches it finds."""
+    model, c4 = definition(config), config if isinstance(config, Llama4Config) else None
+    block, D, dim = TYPES[dtype].block if dtype in TYPES else 1, config.head_dim, config.dim
+    shapes, rng = model.shapes(config), np.random.default_rng(index)
 
     def parameter(name: str) -> Weight:
         shape = shapes[name]
-        if len(shape) == 2 and dtype in TYPES and TYPES[dtype].block > 1:
+        plain = len(shape) == 1 or name.endswith("router.weight")
+        if not plain and dtype in TYPES and TYPES[dtype].block > 1:
             return packed(dtype, *shape)
         values = rng.standard_normal(shape, dtype=np.float32) * np.float32(0.3) + np.float32(len(shape) == 1)
         return convert(to_float32(to_bf16(values)), dtype if dtype in DTYPES else "fp32")
 
-    weights, tokens = decoder.build(config, parameter), sum(counts)
+    weights, tokens = model.build(config, parameter), sum(counts)
     ids = rng.integers(0, config.vocab_size, tokens).astype(np.int32)
     table, page, cache = page_table(first, counts, [[0]]), tokens, None
     before: tuple[Any, ...] = ()
@@ -393,27 +476,38 @@ def forward_case(
         before, after = tuple(caches()), caches()
         cache = KVCache(tuple(after[: config.layers]), tuple(after[config.layers :]))
     cos, sin = ref.rope_table(np.arange(max(table.positions) + 1, dtype=np.int32), weights.inv_freq)
-    states = decoder.forward(weights, config, ids if kv_type else ids[None], table if kv_type else None, cache)
+    states = model.forward(weights, config, ids if kv_type else ids[None], table if kv_type else None, cache)
     rows = np.arange(tokens, dtype=np.int32) if wanted is None else np.array(wanted, np.int32)
     want = states.reshape(-1, dim)[rows]
     if not hidden:
-        want = decoder.logits(weights, want)
+        want = model.logits(weights, want)
 
     def leaf(weight: Weight | None) -> Any:
         return NONE if weight is None else anywhere(weight)
 
-    inputs: list[Any] = [ids, cos, sin, *table, rows, np.array([config.norm_eps], np.float32)]
-    inputs += [leaf(weights.embedding), leaf(weights.norm), leaf(weights.head)]
-    for layer in weights.layers:
-        inputs.append(leaf(layer.attention_norm))
+    manners, longer, sparse = [], NONE, (0, 0, 0)
+    if c4 is not None:
+        longer = ref.temperatures(table.positions, c4.temperature_floor, c4.temperature_scale, np.float32)
+        sparse = c4.experts, c4.experts_per_token, c4.expert_hidden_dim
+    inputs: list[Any] = [ids, cos, sin, *table, rows, np.array([config.norm_eps], np.float32), longer]
+    layers: list[Any] = [leaf(weights.embedding), leaf(weights.norm), leaf(weights.head)]
+    for i, layer in enumerate(weights.layers):
+        far, mixed = c4 is not None and i in c4.global_layers, isinstance(layer, ExpertLayer)
+        manners += [mixed, 0 if far else config.chunk, not far, c4 is not None and c4.qk_norm and not far, far]
+        layers.append(leaf(layer.attention_norm))
         for linear in (layer.q, layer.k, layer.v, layer.o):
-            inputs += [leaf(linear.weight), leaf(linear.bias)]
-        inputs.append(leaf(layer.mlp_norm))
-        for linear in (layer.gate, layer.up, layer.down):
-            inputs += [leaf(linear.weight), leaf(linear.bias)]
+            layers += [leaf(linear.weight), leaf(linear.bias)]
+        layers.append(leaf(layer.mlp_norm))
+        if isinstance(layer, ExpertLayer):
+            layers.append(leaf(layer.router.weight))
+            layers += [leaf(weight) for part in (layer.shared, *layer.experts) for weight in part.matrices()]
+        else:
+            for linear in (layer.gate, layer.up, layer.down):
+                layers += [leaf(linear.weight), leaf(linear.bias)]
+    inputs += [np.array(manners, np.int32), *layers]
     numbers = (
-        *table.pages.shape, page, config.vocab_size, dim, heads, config.kv_heads, D, config.hidden_dim,
-        config.layers, config.interleaved_rope, hidden,
+        *table.pages.shape, page, config.vocab_size, dim, config.heads, config.kv_heads, D, config.hidden_dim,
+        config.layers, config.interleaved_rope, hidden, *sparse,
     )  # fmt: skip
     # Beside packed weights the activations are rounded to 8 bits, layer by layer.
     tolerance = 1e-1 if block > 1 else 2e-5 if kv_type in ("", "fp32") else 2e-3
@@ -424,7 +518,7 @@ def cases() -> Iterator[Case]:
     """Every case, small ones of an op first."""
     for op in (
         embedding, rms_norm, linear, linear_packed, rope, write_kv, attention, swiglu, argmax, top_k, shortlist, above,
-        allowed, encode, probe, forward,
+        allowed, encode, probe, route, experts, forward, mixtures,
     ):  # fmt: skip
         yield from op()
 

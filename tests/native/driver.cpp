@@ -28,6 +28,7 @@
 #include <utility>
 #include <vector>
 
+#include "experts.h"
 #include "forward.h"
 #include "kernels.h"
 #include "pool.h"
@@ -217,8 +218,10 @@ PageTable page_table(const Case& c, size_t at) {
 }
 
 // A whole forward, from panels where weights are packed. Numbers: sequences, width, page, vocabulary, dim, heads,
-// kv_heads, D, hidden, layers, interleaved, whether hidden states are wanted. Inputs: ids, cos, sin, positions, starts,
-// pages, wanted, epsilon, embedding, norm, head, 16 leaves a layer, then all keys and all values, or no cache.
+// kv_heads, D, hidden, layers, interleaved, whether hidden states are wanted; experts, how many a token, their width.
+// Inputs: ids, cos, sin, positions, starts, pages, wanted, epsilon, temperatures, what each layer is (whether a mixture,
+// chunk, rope, norm of queries and keys, temperature), embedding, norm, head, the leaves of the layers, then all keys
+// and all values, or no cache.
 void forward(const Kernels& k, const Case& c, float* out) {
     const std::vector<int64_t>& n = c.numbers;
     const std::vector<Array>& in = c.inputs;
@@ -226,7 +229,9 @@ void forward(const Kernels& k, const Case& c, float* out) {
     m.vocabulary = n[3], m.dim = n[4], m.heads = n[5], m.kv_heads = n[6], m.D = n[7], m.hidden = n[8];
     m.interleaved = n[10] != 0;
     m.eps = *in[7].floats();
-    size_t layers = (size_t)n[9], next = 8;
+    size_t layers = (size_t)n[9], next = 10;
+    m.chosen = n[13];
+    m.ones.assign((size_t)m.D, 1.0f);
     std::vector<Guarded> made;  // panels and caches
     auto vector = [&] { return in[next++].weights(); };
     auto matrix = [&](int64_t rows, int64_t columns) -> Weights {
@@ -250,9 +255,26 @@ void forward(const Kernels& k, const Case& c, float* out) {
         layer.v = linear(m.kv_heads * m.D, m.dim);
         layer.o = linear(m.dim, m.heads * m.D);
         layer.mlp_norm = vector();
-        layer.gate = linear(m.hidden, m.dim);
-        layer.up = linear(m.hidden, m.dim);
-        layer.down = linear(m.dim, m.hidden);
+        const int32_t* manner = in[9].ints() + 5 * i;
+        layer.chunk = manner[1];
+        layer.turned = manner[2] != 0, layer.normed = manner[3] != 0, layer.tempered = manner[4] != 0;
+        if (manner[0]) {
+            auto gated = [&] {
+                Gated part = {};
+                part.hidden = n[14];
+                part.gate = matrix(part.hidden, m.dim);
+                part.up = matrix(part.hidden, m.dim);
+                part.down = matrix(m.dim, part.hidden);
+                return part;
+            };
+            layer.router = matrix(n[12], m.dim);
+            layer.shared = gated();
+            for (int64_t e = 0; e < n[12]; e++) layer.experts.push_back(gated());
+        } else {
+            layer.gate = linear(m.hidden, m.dim);
+            layer.up = linear(m.hidden, m.dim);
+            layer.down = linear(m.dim, m.hidden);
+        }
         m.layers.push_back(layer);
     }
     std::vector<Weights> caches;
@@ -264,7 +286,8 @@ void forward(const Kernels& k, const Case& c, float* out) {
     DecoderCall call = {};
     call.ids = in[0].ints();
     call.cos = in[1].floats(), call.sin = in[2].floats();
-    call.table = page_table(c, 3);
+    call.near = call.table = page_table(c, 3);
+    call.temperatures = in[8].memory.bytes() ? in[8].floats() : nullptr;
     call.wanted = in[6].ints();
     call.count = (int64_t)in[6].memory.bytes() / 4;
     call.hidden = n[11] != 0;
@@ -272,6 +295,35 @@ void forward(const Kernels& k, const Case& c, float* out) {
     if (!caches.empty()) call.keys = caches.data(), call.values = caches.data() + layers;
     Guarded scratch(puna_forward_scratch(m, call) * sizeof(float), 0);
     puna_forward(k, m, call, (float*)scratch.data(), [] {});
+}
+
+// A mixture, from panels where weights are packed. Numbers: rows, experts a row, dim, the shared one's width, the others'
+// width, how many. Inputs: x, chosen, scores, gate, up and down of the shared one and of each.
+void experts(const Kernels& k, const Case& c, float* out) {
+    int64_t rows = c.numbers[0], each = c.numbers[1], dim = c.numbers[2], count = c.numbers[5];
+    std::vector<Guarded> made;
+    size_t next = 3;
+    auto gated = [&](int64_t hidden) {
+        Gated part = {};
+        part.hidden = hidden;
+        for (Weights* to : {&part.gate, &part.up, &part.down}) {
+            *to = c.inputs[next++].weights();
+            if (to->type <= BF16) continue;
+            bool down = to == &part.down;
+            made.push_back(regrouped(k, *to, down ? dim : hidden, down ? hidden : dim));
+            *to = {made.back().data(), to->type | PANELS};
+        }
+        return part;
+    };
+    Mixture mixture = {};
+    mixture.shared = gated(c.numbers[3]);
+    std::vector<Gated> parts;
+    for (int64_t e = 0; e < count; e++) parts.push_back(gated(c.numbers[4]));
+    mixture.experts = parts.data();
+    mixture.count = count;
+    Guarded scratch((size_t)puna_experts_scratch(mixture, rows, rows, dim) * sizeof(float), 0);
+    puna_experts(k, mixture, c.inputs[0].floats(), c.inputs[1].ints(), c.inputs[2].floats(), rows, each, rows, dim,
+                 (float*)scratch.data(), out);
 }
 
 // Calls the op of a case; `got` has the places of its results, as many and as large as the wanted ones. Returns what
@@ -302,7 +354,7 @@ std::string call(const Kernels& k, const Case& c, const std::vector<Guarded>& go
         k.write_kv(keys, values, in[2].floats(), in[3].floats(), page_table(c, 4), n[3], n[4]);
     } else if (c.op == "attention") {
         auto attend = [&](float* to) {
-            k.attention(in[0].floats(), in[1].weights(), in[2].weights(), page_table(c, 3), n[3], n[4], n[5], n[6] != 0, to);
+            k.attention(in[0].floats(), in[1].weights(), in[2].weights(), page_table(c, 3), n[3], n[4], n[5], n[6] != 0, n[7], to);
         };
         // The way of few rows for all tokens must come to the same, too: nearer than any rounding to bfloat16.
         puna_set_invariant(true);
@@ -332,6 +384,10 @@ std::string call(const Kernels& k, const Case& c, const std::vector<Guarded>& go
             k.allowed(rows.data(), masks.data(), n[0], n[1], out);
     } else if (c.op == "encode") {
         if (!k.encode(c.wanted[0].type, in[0].floats(), n[0], (uint8_t*)out)) return "a scale does not fit";
+    } else if (c.op == "route") {
+        puna_route(k, in[0].floats(), n[0], n[1], n[2], (int32_t*)out, (float*)got[1].data());
+    } else if (c.op == "experts") {
+        experts(k, c, out);
     } else if (c.op == "forward") {
         forward(k, c, out);
     } else if (c.op == "probe") {

@@ -15,6 +15,9 @@ import numpy.typing as npt
 _Array = npt.NDArray[Any]
 _Table = tuple[_Array, _Array, _Array]
 """puna.kernels.layouts.PageTable: positions, starts, pages."""
+_Matrix = tuple[_Array, int, int, int]
+_Gated = tuple[_Matrix, _Matrix, _Matrix]
+"""gate, up and down."""
 
 def tables() -> list[tuple[str, bool, str]]:
     """The instruction sets of this build, fastest first: name, whether this machine runs it, in words."""
@@ -46,7 +49,13 @@ def linear(
 ) -> None: ...
 def rope(x: _Array, cos: _Array, sin: _Array, interleaved: bool, out: _Array) -> None: ...
 def write_kv(cache_k: _Array, cache_v: _Array, kind: int, k: _Array, v: _Array, table: _Table) -> None: ...
-def attention(q: _Array, k: _Array, v: _Array, kind: int, table: _Table | None, bf16: bool, out: _Array) -> None: ...
+def attention(
+    q: _Array, k: _Array, v: _Array, kind: int, table: _Table | None, bf16: bool, chunk: int, out: _Array
+) -> None: ...
+def route(logits: _Array, ids: _Array, scores: _Array) -> None: ...
+def experts(
+    x: _Array, chosen: _Array, scores: _Array, used: list[int], parts: list[_Gated], shared: _Gated, out: _Array
+) -> None: ...
 def swiglu(gate: _Array, up: _Array, out: _Array) -> None: ...
 def argmax(logits: _Array, out: _Array) -> None: ...
 def encode(kind: int, values: _Array, out: _Array) -> bool: ...
@@ -58,6 +67,8 @@ def probe_read(data: _Array) -> None: ...
 def probe_products(kind: str, pieces: int) -> int: ...
 
 _Leaf = tuple[_Array, int, int, int]
+_Manner = tuple[int, int, bool, bool, bool]
+"""Of a layer: how many experts (0: dense), its chunk (0: none), rope, norm of queries and keys, temperature."""
 
 class Decoder:
     """A whole forward; see puna.kernels.cpu.Decoder."""
@@ -71,6 +82,8 @@ class Decoder:
         interleaved: bool,
         embedding: _Leaf,
         layers: Sequence[Sequence[_Leaf | None]],
+        manners: Sequence[_Manner],
+        chosen: int,
         norm: _Leaf,
         head: _Leaf | None,
     ) -> None: ...
@@ -78,6 +91,8 @@ class Decoder:
         self,
         ids: _Array,
         table: _Table | None,
+        near: _Table | None,
+        temperatures: _Array | None,
         cos: _Array,
         sin: _Array,
         keys: Sequence[_Array],

@@ -156,6 +156,43 @@ class PageTable(NamedTuple):
     pages: Any
     """[B, P]: entries that no position needs are not read."""
 
+    @property
+    def local(self) -> Any:
+        """None, or the pages [B, P] of layers that see one chunk only, where those have their own: `ChunkedTable`."""
+        return None
+
+
+class ChunkedTable(PageTable):
+    """A table with other pages for layers that see one chunk only, whose caches have their own number of pages.
+
+    `local` [B, P] int32: position p of sequence b is row p % page of their page local[b, p // page]. -1 stands where a
+    page lies before the chunk of the sequence's first token in the step: nobody sees it, and it is not read.
+    Where the table is taken as a tuple it is that of the other layers.
+    """
+
+    _local: Any = None
+
+    def __new__(cls, positions: Any, starts: Any, pages: Any, local: Any) -> ChunkedTable:
+        self = super().__new__(cls, positions, starts, pages)
+        self._local = local
+        return self
+
+    @property
+    def local(self) -> Any:
+        """See the class."""
+        return self._local
+
+
+class Pixels(NamedTuple):
+    """A picture as a vision encoder takes it; `puna.text.pictures` makes it."""
+
+    tiles: Any
+    """float32 [tiles, 3, S, S]: those of the canvas row by row, then the whole picture in one where the model asks."""
+    ratio: tuple[int, int]
+    """Rows and columns of the canvas, in tiles."""
+    tokens: int
+    """How many token ids it takes in a prompt."""
+
 
 def page_table(first: Sequence[int], counts: Sequence[int], pages: npt.ArrayLike) -> PageTable:
     """The table of sequences whose next `counts[b]` tokens stand at first[b], first[b] + 1, …, in pages [B, P]."""

@@ -11,14 +11,14 @@ another `select()`; nothing is probed between two tokens. `table()` gives what w
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from puna.errors import DeviceError, UsageError
-from puna.kernels import reference
+from puna.kernels import host, reference
 from puna.kernels.layouts import Adapted, Mapped, PageTable, Weight
 from puna.settings import cpu_wanted
 from puna.types import KERNELS
@@ -27,8 +27,9 @@ Array = Any
 """A numpy.ndarray or a torch.Tensor; every op takes and gives one kind."""
 
 NAMES = (
-    "embedding", "rms_norm", "linear", "positions", "rope_table", "rope", "write_kv", "attention", "swiglu", "argmax",
-    "top_k", "shortlist", "above", "allowed", "encode",
+    "embedding", "rms_norm", "linear", "positions", "rope_table", "rope", "write_kv", "attention", "temperature",
+    "swiglu", "route", "experts", "argmax", "top_k", "shortlist", "above", "allowed", "encode",
+    "layer_norm", "gelu", "attend", "gated", "concat", "pad",
 )  # fmt: skip
 
 
@@ -52,13 +53,22 @@ class _Host:
     rope: Any
     write_kv: Any
     attention: Any
+    temperature: Any
     swiglu: Any
+    route: Any
+    experts: Any
     argmax: Any
     top_k: Any
     shortlist: Any
     above: Any
     allowed: Any
     encode: Any
+    layer_norm: Any
+    gelu: Any
+    attend: Any
+    gated: Any
+    concat: Any
+    pad: Any
 
     def __init__(self, kernels: str, asked: str, invariant: bool) -> None:
         self.kernels = kernels
@@ -93,13 +103,18 @@ class _Host:
             native.keep_freed_memory()
         for op in NAMES:
             fast = getattr(native, op, None) if native is not None else None
+            quick = getattr(host, op, None) if kernels != "reference" else None
             if fast is not None:
                 choice = Choice(op, f"C++ {isa}", reason)
+            elif quick is not None:
+                choice = Choice(op, "NumPy", "there is no C++ of it; faster than the reference")
             elif native is not None:
                 choice = Choice(op, "NumPy reference", "cheap: NumPy is as fast as C++ here")
             else:
                 choice = Choice(op, "NumPy reference", why_not or f"asked for by {asked}")
-            setattr(self, op, fast or getattr(reference, op))
+            if op == "attend" and native is not None and invariant:
+                fast, choice = native.attend_alone, Choice(op, f"C++ {isa}", "asked for: invariant")
+            setattr(self, op, fast or quick or getattr(reference, op))
             self.choices.append(choice)
         self.prepare = native.prepare if native is not None else _as_it_is
         self.prepare_mapped = native.prepare_mapped if native is not None else list
@@ -192,7 +207,7 @@ def embedding(table: Any, ids: Array) -> Array:
 
 
 def rms_norm(x: Array, weight: Any, eps: float) -> Array:
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension."""
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension; None for a weight is ones."""
     return _serving(x).rms_norm(x, weight, eps)
 
 
@@ -227,18 +242,45 @@ def write_kv(cache_k: Array, cache_v: Array, k: Array, v: Array, table: PageTabl
     _serving(k).write_kv(cache_k, cache_v, k, v, table)
 
 
-def attention(q: Array, k: Array, v: Array, table: PageTable | None, bf16: bool = False) -> Array:
+def attention(q: Array, k: Array, v: Array, table: PageTable | None, bf16: bool = False, chunk: int = 0) -> Array:
     """Causal grouped attention of q [N, H, D] over caches k and v [pages, page, G, D] → [N, H, D].
 
     Without a table q [B, T, H, D], k and v [B, T, G, D] are whole stretches from position 0 → [B, T, H, D]. `bf16`
-    allows an implementation to round what it multiplies to bfloat16.
+    allows an implementation to round what it multiplies to bfloat16. With a `chunk`, a token at position p sees nothing
+    before p // chunk · chunk.
     """
-    return _serving(q).attention(q, k, v, table, bf16)
+    return _serving(q).attention(q, k, v, table, bf16, chunk)
+
+
+def temperature(q: Array, positions: Array, floor: int, scale: float) -> Array:
+    """q [*, T, H, D] times 1 + scale · log(1 + ⌊(p + 1) / floor⌋) for its positions p [*, T]."""
+    return _serving(q).temperature(q, positions, floor, scale)
 
 
 def swiglu(gate: Array, up: Array) -> Array:
     """silu(gate) · up."""
     return _serving(gate).swiglu(gate, up)
+
+
+def route(logits: Array, k: int) -> tuple[Array, Array]:
+    """The experts of each token, the k of the largest logits [*, E], and sigmoid of those: two of [*, k]."""
+    chosen: tuple[Array, Array] = _serving(logits).route(logits, k)
+    return chosen
+
+
+def experts(
+    x: Array,
+    chosen: Array,
+    scores: Array,
+    part: Callable[[int], tuple[Any, Any, Any]],
+    shared: tuple[Any, Any, Any],
+) -> Array:
+    """SwiGLU of x, and the sum over a token's experts of SwiGLU of score · x: x [*, dim], chosen and scores [*, k].
+
+    `part` gives the gate, up and down of an expert, and is asked for those that were chosen: no other is touched.
+    `shared` are those that every token passes.
+    """
+    return _serving(x).experts(x, chosen, scores, part, shared)
 
 
 def argmax(logits: Array) -> Array:
@@ -278,3 +320,37 @@ def allowed(rows: Sequence[Array], masks: Sequence[Array]) -> Array:
 def encode(kind: str, values: Array) -> Array:
     """float32 values [*, n · block] as blocks of a GGML type: uint8 [*, n · size]; errors as `encode.quantize`."""
     return _serving(values).encode(kind, values)
+
+
+def layer_norm(x: Array, weight: Any, bias: Any, eps: float) -> Array:
+    """(x − mean(x)) / sqrt(var(x) + eps) · weight + bias over the last dimension."""
+    return _serving(x).layer_norm(x, weight, bias, eps)
+
+
+def gelu(x: Array) -> Array:
+    """x · (1 + erf(x / √2)) / 2."""
+    return _serving(x).gelu(x)
+
+
+def attend(q: Array, k: Array, v: Array) -> Array:
+    """Attention of q [*, Tq, H, D] over all of k and v [*, Tk, G, D] → [*, Tq, H, D]: nothing is hidden from anyone."""
+    return _serving(q).attend(q, k, v)
+
+
+def gated(x: Array, gate: Any) -> Array:
+    """x · tanh(gate), gate [1]."""
+    return _serving(x).gated(x, gate)
+
+
+def concat(parts: Sequence[Any], axis: int = -2) -> Array:
+    """Rows after one another: parts [*, T, dim], a vector [dim] of weights being a row, → [*, sum of T, dim].
+
+    The leading dimensions broadcast. At least one part is an array, not a weight. With `axis` -1 columns, of arrays.
+    """
+    array = next((part for part in parts if isinstance(part, np.ndarray)), parts[0])
+    return _serving(array).concat(parts, axis)
+
+
+def pad(x: Array, rows: int) -> Array:
+    """x [*, T, dim] with rows of zeros after it: [*, rows, dim]."""
+    return _serving(x).pad(x, rows)

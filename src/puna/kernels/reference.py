@@ -13,7 +13,8 @@ Shapes: `*` any leading dimensions, N tokens of B sequences, T tokens of a stret
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,10 +37,20 @@ def embedding(table: Weight, ids: Ints) -> Floats:
     return to_float32(table if isinstance(table, Panels) else table[ids])  # which refuses Panels
 
 
-def rms_norm(x: Floats, weight: Weight, eps: float) -> Floats:
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension: [*, dim] → [*, dim] (Zhang & Sennrich 2019)."""
+def rms_norm(x: Floats, weight: Weight | None, eps: float) -> Floats:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension: [*, dim] → [*, dim] (Zhang & Sennrich 2019).
+
+    Without a weight, its numbers are one.
+    """
     scaled: Floats = x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + x.dtype.type(eps))
-    return scaled * _as(weight, x)
+    return scaled if weight is None else scaled * _as(weight, x)
+
+
+def layer_norm(x: Floats, weight: Weight, bias: Weight, eps: float) -> Floats:
+    """(x − mean(x)) / sqrt(var(x) + eps) · weight + bias over the last dimension (Ba et al. 2016); var divides by n."""
+    centred = x - np.mean(x, axis=-1, keepdims=True)
+    scaled: Floats = centred / np.sqrt(np.mean(np.square(centred), axis=-1, keepdims=True) + x.dtype.type(eps))
+    return scaled * _as(weight, x) + _as(bias, x)
 
 
 def linear(x: Floats, weight: Weight, bias: Weight | None = None) -> Floats:
@@ -130,41 +141,114 @@ def write_kv(cache_k: Cache, cache_v: Cache, k: Floats, v: Floats, table: PageTa
         words(cache)[number, row] = to_cache(new, cache)
 
 
-def attention(q: Floats, k: Cache, v: Cache, table: PageTable | None, bf16: bool = False) -> Floats:
+def attention(q: Floats, k: Cache, v: Cache, table: PageTable | None, bf16: bool = False, chunk: int = 0) -> Floats:
     """softmax(q·kᵀ/√D)·v, causal and grouped, of q [N, H, D] over caches k and v [pages, page, G, D] → [N, H, D].
 
     A query at position p sees the keys of positions 0 to p of its own sequence, which lie where `table` says.
     `table=None` means that q [B, T, H, D], k and v [B, T, G, D] are whole stretches from 0: training, or scoring.
     `bf16` allows rounding, and nothing is rounded here.
+    With a `chunk`, the token at position p sees nothing before p // chunk · chunk (Llama 4's local layers).
     Query head h reads key/value head h // (H / G) (Ainslie et al. 2023).
     """
     out = np.empty(q.shape, q.dtype)
     if table is None:
         for b, stretch in enumerate(q):
-            out[b] = _causal(stretch, from_cache(k[b], q), from_cache(v[b], q), np.arange(q.shape[1]))
+            out[b] = _causal(stretch, from_cache(k[b], q), from_cache(v[b], q), np.arange(q.shape[1]), chunk, 0)
         return out
+    page = k.shape[1]
     for b, pages in enumerate(table.pages):
         tokens = slice(table.starts[b], table.starts[b + 1])
         seen = table.positions[tokens][-1] + 1
-        used = pages[: -(-seen // k.shape[1])]
+        first = table.positions[tokens][0] // chunk * chunk // page if chunk else 0
+        used, seen = pages[first : -(-seen // page)], seen - first * page
         keys, values = (from_cache(cache[used], q).reshape(-1, *cache.shape[2:])[:seen] for cache in (k, v))
-        out[tokens] = _causal(q[tokens], keys, values, table.positions[tokens])
+        out[tokens] = _causal(q[tokens], keys, values, table.positions[tokens], chunk, first * page)
     return out
 
 
-def _causal(q: Floats, keys: Floats, values: Floats, positions: Ints) -> Floats:
-    """Attention of the tokens q [T, H, D] at `positions` [T] over their own sequence's keys and values [S, G, D]."""
+def _causal(q: Floats, keys: Floats, values: Floats, positions: Ints, chunk: int, first: int) -> Floats:
+    """Attention of the tokens q [T, H, D] at `positions` [T] over their own sequence's keys and values [S, G, D].
+
+    The first of those stands at position `first`.
+    """
     T, H, D = q.shape
     S, G, _ = keys.shape
     grouped = q.reshape(T, G, H // G, D)
     # einsum may lay its result out any way; over a last axis that is not contiguous np.sum adds one by one, not in
     # pairs, and 9,000 keys then cost a relative error of 1e-4 in float32.
     scores = np.ascontiguousarray(np.einsum("tgrd,sgd->tgrs", grouped, keys)) / q.dtype.type(D) ** 0.5
-    seen = np.arange(S) <= positions[:, None]  # [T, S]
+    keyed = np.arange(first, first + S)
+    seen = keyed <= positions[:, None]  # [T, S]
+    if chunk:
+        seen &= keyed >= (positions // chunk * chunk)[:, None]
     scores = np.where(seen[:, None, None, :], scores, -np.inf)
     weights = np.exp(scores - np.max(scores, axis=-1, keepdims=True))
     weights = weights / np.sum(weights, axis=-1, keepdims=True)
     out: Floats = np.einsum("tgrs,sgd->tgrd", weights, values).reshape(T, H, D)
+    return out
+
+
+SCORES = 1 << 21
+"""How many scores `attend` holds at a time: 8 MB of them are handled in the caches, not in memory."""
+
+
+def attend(q: Floats, k: Floats, v: Floats) -> Floats:
+    """softmax(q·kᵀ/√D)·v of q [*, Tq, H, D] over all of k and v [*, Tk, G, D] → [*, Tq, H, D]; grouped as `attention`.
+
+    One key/value head after another and some queries at a time: 6,400 tokens of a picture that all see each other have
+    scores of 2.6 GB in float32.
+    """
+    *lead, tokens, H, D = q.shape
+    seen, G = k.shape[-3:-1]
+    out = np.empty(q.shape, q.dtype)
+    step = max(1, SCORES // (seen * (H // G)))
+    for index in np.ndindex(*lead):
+        for g in range(G):
+            heads = slice(g * (H // G), (g + 1) * (H // G))
+            # Each head's numbers beside one another: strided ones cost the products half of their speed.
+            keys, values = np.ascontiguousarray(k[index][:, g].T), np.ascontiguousarray(v[index][:, g])
+            for at in range(0, tokens, step):
+                queries = q[index][at : at + step, heads] / q.dtype.type(math.sqrt(D))
+                weights = queries.reshape(-1, D) @ keys
+                weights -= np.max(weights, axis=-1, keepdims=True)
+                np.exp(weights, out=weights)
+                mean = (weights @ values) / np.sum(weights, axis=-1, keepdims=True)
+                out[index][at : at + step, heads] = mean.reshape(queries.shape)
+    return out
+
+
+def gelu(x: Floats) -> Floats:
+    """x · (1 + erf(x / √2)) / 2, any shape (Hendrycks & Gimpel 2016; the exact form, not the one with tanh)."""
+    erf = np.frompyfunc(math.erf, 1, 1)(x / math.sqrt(2))
+    halves: Floats = x * x.dtype.type(0.5) * (1 + np.asarray(erf, x.dtype))
+    return halves
+
+
+def gated(x: Floats, gate: Weight) -> Floats:
+    """x · tanh(gate): x [*], gate [1]; a gate at 0 shuts off what it stands before (Alayrac et al. 2022)."""
+    shut: Floats = x * np.tanh(_as(gate, x))
+    return shut
+
+
+def concat(parts: Sequence[Any], axis: int = -2) -> Floats:
+    """Rows after one another: parts [*, T, dim], a vector [dim] of weights being a row, → [*, sum of T, dim].
+
+    The leading dimensions broadcast. At least one part is an array of numbers, whose type the result has.
+    With `axis` -1 columns beside one another, of arrays [*, T, columns].
+    """
+    if axis == -1:
+        return np.concatenate(parts, axis=-1)
+    like = max((part for part in parts if isinstance(part, np.ndarray)), key=lambda part: part.ndim)
+    numbers = [part if getattr(part, "dtype", None) == like.dtype else _as(part, like) for part in parts]
+    rows = [np.atleast_2d(part) for part in numbers]
+    lead = np.broadcast_shapes(*(row.shape[:-2] for row in rows))
+    return np.concatenate([np.broadcast_to(row, (*lead, *row.shape[-2:])) for row in rows], axis=-2)
+
+
+def pad(x: Floats, rows: int) -> Floats:
+    """x [*, T, dim] with rows of zeros after it: [*, rows, dim]."""
+    out = np.zeros((*x.shape[:-2], rows, x.shape[-1]), x.dtype)
+    out[..., : x.shape[-2], :] = x
     return out
 
 
@@ -173,6 +257,61 @@ def swiglu(gate: Floats, up: Floats) -> Floats:
     with np.errstate(over="ignore"):
         gated: Floats = gate / (1 + np.exp(-gate)) * up
     return gated
+
+
+def temperature(q: Floats, positions: Ints, floor: int, scale: float) -> Floats:
+    """q [*, T, H, D] times 1 + scale · log(1 + ⌊(p + 1) / floor⌋) for its positions p [*, T].
+
+    Llama 4's global layers: keys far away do not drown the near ones as there come to be more of them (Nakanishi 2025,
+    arXiv 2501.19399).
+    """
+    scaled: Floats = q * temperatures(positions, floor, scale, q.dtype)[..., None, None]
+    return scaled
+
+
+def temperatures(positions: Ints, floor: int, scale: float, dtype: npt.DTypeLike) -> Floats:
+    """What `temperature` multiplies the queries at positions [*] by."""
+    number: Any = np.dtype(dtype).type
+    steps = np.floor((positions + number(1)) / number(floor))
+    longer: Floats = (np.log1p(steps) * number(scale) + number(1)).astype(dtype)
+    return longer
+
+
+def route(logits: Floats, k: int) -> tuple[Ints, Floats]:
+    """The experts of each token, the k of the largest logits [*, E] (equals by their lower id), and sigmoid of those.
+
+    Two of [*, k]. Raises ValueError for a k that is not between 1 and E.
+    """
+    chosen, values = top_k(logits, k)
+    with np.errstate(over="ignore"):
+        scores: Floats = 1 / (1 + np.exp(-values))
+    return chosen, scores
+
+
+def experts(
+    x: Floats,
+    chosen: Ints,
+    scores: Floats,
+    part: Callable[[int], tuple[Weight, Weight, Weight]],
+    shared: tuple[Weight, Weight, Weight],
+) -> Floats:
+    """f(x), and Σ over a token's experts e of fₑ(s · x), with f(x) = down · (silu(gate · x) · (up · x)).
+
+    `chosen` and `scores` are [*, k]; `part` gives the gate, up and down of an expert, and is asked for those that were
+    chosen; `shared` are those of f. The score multiplies what goes in (Llama 4). Experts are added in their order.
+    """
+
+    def gated(rows: Floats, matrices: tuple[Weight, Weight, Weight]) -> Floats:
+        gate, up, down = matrices
+        return linear(swiglu(linear(rows, gate), linear(rows, up)), down)
+
+    rows = x.reshape(-1, x.shape[-1])
+    ids, weights = chosen.reshape(len(rows), -1), scores.reshape(len(rows), -1)
+    out = gated(rows, shared)
+    for e in np.unique(ids).tolist():
+        at, slot = np.nonzero(ids == e)
+        out[at] += gated(rows[at] * weights[at, slot, None], part(e))
+    return out.reshape(x.shape)
 
 
 def argmax(logits: Floats) -> Ints:

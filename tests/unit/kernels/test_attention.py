@@ -76,15 +76,26 @@ def tolerance(kv_type: str, counts: Sequence[int], isa: str, pairs: bool) -> flo
 
 
 def check(
-    isa: str, kv_type: str, R: int, G: int, D: int, first: Sequence[int], counts: Sequence[int], page: int
+    isa: str,
+    kv_type: str,
+    R: int,
+    G: int,
+    D: int,
+    first: Sequence[int],
+    counts: Sequence[int],
+    page: int,
+    chunk: int = 0,
 ) -> None:
     table, keys, values = laid_out(first, counts, page, G, D)
     q, k, v = normal(3, sum(counts), R * G, D), filled(kv_type, keys), filled(kv_type, values)
-    want = ref.attention(q.astype(np.float64), k, v, table)
+    want = ref.attention(q.astype(np.float64), k, v, table, chunk=chunk)
+    if chunk:  # what no token of the call sees may be gone
+        for b, at in enumerate(first):
+            table.pages[b, : at // chunk * chunk // page] = -7
     assert np.all(np.isfinite(want))
     for invariant, bf16 in ((False, False), (False, True), (True, True)):
         cpu.set_invariant(invariant)
-        got = cpu.attention(q, k, v, table, bf16)
+        got = cpu.attention(q, k, v, table, bf16, chunk)
         most = tolerance(kv_type, counts, isa, bf16 and not invariant)
         assert got.dtype == np.float32
         assert float(np.max(np.abs(got - want))) <= most * max(float(np.max(np.abs(want))), 1e-30)
@@ -107,6 +118,39 @@ def test_long_contexts(isa: str, kv_type: str, page: int) -> None:
     check(isa, kv_type, 3, 2, 32, [1099, 511, 1030, 500, 0], [1, 2, 70, 1, 140], page)
 
 
+@pytest.mark.parametrize("kv_type", TYPES)
+@pytest.mark.parametrize("chunk", [16, 80, 512, 1040])
+def test_chunks(isa: str, kv_type: str, chunk: int) -> None:
+    """Within one, across an edge or several, with both ways in a call, and with pages that chunks cut through."""
+    for page in (16, 48, 128):
+        check(isa, kv_type, 3, 2, 32, [1099, 510, 1030, 511, 0, chunk], [1, 4, 70, 1, 140, 1], page, chunk)
+
+
+@pytest.mark.parametrize("kv_type", TYPES)
+def test_a_chunk_does_not_depend_on_who_shares_the_call(kv_type: str) -> None:
+    """Bit for bit: a token in a prompt that crosses chunks, and in one that begins where its chunk does."""
+    table, keys, values = laid_out([0], [100], 16, 2, 32)
+    q, k, v = normal(6, 100, 6, 32), filled(kv_type, keys), filled(kv_type, values)
+
+    def part(at: int, count: int) -> F32:
+        return cpu.attention(q[at : at + count], k, v, page_table([at], [count], table.pages), True, 48)
+
+    whole, few = part(0, 100), np.concatenate([part(at, 4) for at in range(0, 100, 4)])
+    for at, count, among in ((48, 48, whole), (40, 20, whole), (96, 4, few), (46, 8, few), (47, 1, few), (48, 1, few)):
+        assert np.array_equal(part(at, count), among[at : at + count])
+    # A chunk's tokens have the bits of a sequence that begins with it.
+    alone = cpu.attention(q[48:96], k, v, page_table([0], [48], table.pages[:, 3:]), True)
+    assert np.array_equal(alone, whole[48:96])
+
+
+def test_a_chunk_of_no_whole_pages_goes_to_the_reference() -> None:
+    table, k, v = laid_out([20], [5], 16, 2, 16)
+    q = normal(1, 5, 4, 16)
+    assert np.array_equal(cpu.attention(q, k, v, table, chunk=10), ref.attention(q, k, v, table, chunk=10))
+    with pytest.raises(ValueError, match="a chunk of 24 is no multiple of 16"):
+        cpu._cpu.attention(q, k, v, 0, table, False, 24, np.empty_like(q))
+
+
 @given(
     kv_type=st.sampled_from(TYPES),
     sequences=st.lists(st.tuples(st.integers(0, 200), st.integers(1, 30)), min_size=1, max_size=4),
@@ -124,10 +168,10 @@ def test_any_shape(isa: str, kv_type: str, sequences: list[tuple[int, int]], pag
 
 @pytest.mark.parametrize("T", [1, 8, 19, 130])
 def test_whole_stretches_need_no_table(T: int) -> None:
-    for H, G, D in ((4, 2, 16), (3, 3, 5)):
+    for H, G, D, chunk in ((4, 2, 16, 0), (3, 3, 5, 0), (4, 2, 16, 32), (3, 3, 5, 48)):
         q, k, v = normal(1, 2, T, H, D), normal(2, 2, T, G, D), normal(3, 2, T, G, D)
-        want = ref.attention(*(a.astype(np.float64) for a in (q, k, v)), None)
-        got = cpu.attention(q, k, v, None)
+        want = ref.attention(*(a.astype(np.float64) for a in (q, k, v)), None, chunk=chunk)
+        got = cpu.attention(q, k, v, None, chunk=chunk)
         assert float(np.max(np.abs(got - want))) <= 3e-6 * float(np.max(np.abs(want)))
 
 

@@ -273,7 +273,7 @@ def test_results_of_other_shapes_are_refused() -> None:
         (cpu._cpu.rms_norm, x, np.ones(4, np.float32), False, 1e-5, x.shape),
         (cpu._cpu.swiglu, x, x, x.shape),
         (cpu._cpu.rope, q[0], *[normal(1, 2, 2)] * 2, False, q[0].shape),
-        (cpu._cpu.attention, q, q, q, 0, None, False, q.shape),
+        (cpu._cpu.attention, q, q, q, 0, None, False, 0, q.shape),
     ):
         op(*arguments, np.empty(shape, np.float32))
         with pytest.raises(ValueError, match="do not fit"):

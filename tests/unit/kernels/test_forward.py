@@ -474,4 +474,4 @@ def test_sizes_whose_product_overflows_are_refused(heads: int, head_dim: int) ->
     qkv = [leaf(0, 8), None] * 3
     layer = [leaf(8), *qkv, leaf(8, 0), None, leaf(8), leaf(4, 8), None, leaf(4, 8), None, leaf(8, 4), None]
     with pytest.raises(ValueError, match="heads"):
-        cpu._cpu.Decoder(heads, heads, head_dim, 1e-5, False, leaf(5, 8), [layer], leaf(8), None)
+        cpu._cpu.Decoder(heads, heads, head_dim, 1e-5, False, leaf(5, 8), [layer], [cpu.Manner()], 0, leaf(8), None)

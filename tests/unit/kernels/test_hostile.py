@@ -123,6 +123,10 @@ def leaf(*shape: int) -> tuple[Array, int, int, int]:
     return floats(*shape), 0, shape[0], shape[1] if len(shape) > 1 else 1
 
 
+def one_gated(dim: int, hidden: int) -> Any:
+    return leaf(hidden, dim), leaf(hidden, dim), leaf(dim, hidden)
+
+
 def layer() -> list[Any]:
     parts: list[Any] = [leaf(12)]
     for rows, columns in ((64, 12), (32, 12), (32, 12), (12, 64)):
@@ -137,14 +141,27 @@ def new_decoder(*arguments: Any) -> Any:
     return cpu._cpu.Decoder(*arguments)
 
 
-WHOLE = (2, 1, 32, 1e-5, False, leaf(9, 12), [layer(), layer()], leaf(12), None)
+def mixture() -> list[Any]:
+    return [*layer()[:10], leaf(3, 12), *(matrix for _ in range(4) for matrix in one_gated(12, 20))]
+
+
+DENSE = (0, 0, True, False, False)
+WHOLE = (2, 1, 32, 1e-5, False, leaf(9, 12), [layer(), layer()], [DENSE, DENSE], 0, leaf(12), None)
+MIXED = (
+    2, 1, 32, 1e-5, False, leaf(9, 12), [mixture(), layer()], [(3, 16, True, True, False), (0, 0, False, False, True)],
+    2, leaf(12), None,
+)  # fmt: skip
 
 
 def run(*arguments: Any) -> None:
     DECODER.run(*arguments)
 
 
-DECODER = new_decoder(*WHOLE)
+def run_mixed(*arguments: Any) -> None:
+    MIXTURE.run(*arguments)
+
+
+DECODER, MIXTURE = new_decoder(*WHOLE), new_decoder(*MIXED)
 
 
 def one_group(kind: int) -> Array:
@@ -172,19 +189,46 @@ def calls() -> list[tuple[Callable[..., Any], tuple[Any, ...]]]:
         (m.allowed, ([floats(50), floats(50)], [np.zeros(2, np.uint32), np.zeros(2, np.uint32)], out(2, 50))),
         (m.regroup, (Q8_0, TYPES["Q8_0"], 7, 64)),
         (m.probe_read, (floats(100),)),
-        (m.attention, (floats(2, 5, 4, 8), floats(2, 5, 2, 8), floats(2, 5, 2, 8), 0, None, False, out(2, 5, 4, 8))),
+        (
+            m.attention,
+            (floats(2, 5, 4, 8), floats(2, 5, 2, 8), floats(2, 5, 2, 8), 0, None, False, 16, out(2, 5, 4, 8)),
+        ),
+        (m.route, (floats(3, 8), np.zeros((3, 2), np.int32), out(3, 2))),
+        (
+            m.experts,
+            (
+                floats(3, 8), integers(0, 2, 2).reshape(3, 1), floats(3, 1), [0, 2],
+                [one_gated(8, 5), one_gated(8, 6)], one_gated(8, 7), out(3, 8),
+            ),
+        ),
         (new_decoder, WHOLE),
-        (run, (integers(1, 2, 3), None, floats(3, 16), floats(3, 16), [], [], 0, integers(0, 2), False, out(2, 9))),
+        (new_decoder, MIXED),
+        (
+            run,
+            (
+                integers(1, 2, 3), None, None, None, floats(3, 16), floats(3, 16), [], [], 0, integers(0, 2), False,
+                out(2, 9),
+            ),
+        ),
     ]  # fmt: skip
     for kind in (0, 1, 2, TYPES["Q8_0"]):
         k, q, cache = floats(5, 2, 32), floats(5, 4, 32), caches(kind)
         all_calls += [
             (m.write_kv, (cache, cache.copy(), kind, k, k, places())),
-            (m.attention, (q, cache, cache, kind, places(), False, out(5, 4, 32))),
+            (m.attention, (q, cache, cache, kind, places(), False, 0, out(5, 4, 32))),
+            (m.attention, (q, cache, cache, kind, places(), False, 16, out(5, 4, 32))),
             (
                 run,
                 (
-                    integers(1, 2, 3, 8, 0), places(), floats(40, 16), floats(40, 16),
+                    integers(1, 2, 3, 8, 0), places(), None, None, floats(40, 16), floats(40, 16),
+                    [one_group(kind), one_group(kind)], [one_group(kind), one_group(kind)], kind, integers(1, 4), True,
+                    out(2, 12),
+                ),
+            ),
+            (
+                run_mixed,
+                (
+                    integers(1, 2, 3, 8, 0), places(), places(), floats(5), floats(40, 16), floats(40, 16),
                     [one_group(kind), one_group(kind)], [one_group(kind), one_group(kind)], kind, integers(1, 4), True,
                     out(2, 12),
                 ),

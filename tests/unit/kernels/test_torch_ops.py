@@ -172,3 +172,40 @@ def test_gradients() -> None:
     }
     for name, (op, inputs) in cases.items():
         assert torch.autograd.gradcheck(op, inputs, atol=1e-7), name
+
+
+def test_layer_norm(dtype: str) -> None:
+    x, wide = normal(31, dtype, 3, 7, 12)
+    weight, bias = weights(32, dtype, 12), weights(33, dtype, 12)
+    assert_close(ops.layer_norm(x, weight, bias, 1e-5), ref.layer_norm(wide, *doubles(weight, bias), 1e-5), dtype)
+
+
+def test_gelu(dtype: str) -> None:
+    x, wide = normal(34, dtype, 5, 9)
+    assert_close(ops.gelu(x), ref.gelu(wide), dtype)
+
+
+def test_attend(dtype: str) -> None:
+    q, wide_q = normal(35, dtype, 2, 7, 6, 8)
+    (k, wide_k), (v, wide_v) = normal(36, dtype, 2, 5, 3, 8), normal(37, dtype, 2, 5, 3, 8)
+    want = ref.attend(wide_q, wide_k, wide_v)
+    assert_close(ops.attend(q, k, v), want, dtype)
+    assert_close(ops.attend(q[1], k[1], v[1]), want[1], dtype)
+
+
+def test_gated_concat_and_pad(dtype: str) -> None:
+    x, wide = normal(38, dtype, 2, 3, 4)
+    gate, row = weights(39, dtype, 1), weights(40, dtype, 4)
+    assert_close(ops.gated(x, gate), ref.gated(wide, *doubles(gate)), dtype)
+    joined = ops.concat([row, x, row])
+    assert_close(joined, ref.concat([*doubles(row), wide, *doubles(row)]), dtype)
+    assert_close(ops.pad(x, 5), ref.pad(wide, 5), dtype)
+
+
+def weights(seed: int, dtype: str, size: int) -> Any:
+    """A random vector of numbers that float32 has, which is what the reference takes weights for."""
+    return normal(seed, "float32", size)[0].to(getattr(torch, dtype))
+
+
+def doubles(*tensors: Any) -> list[Any]:
+    return [tensor.double().numpy() for tensor in tensors]

@@ -13,14 +13,14 @@ serve.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from puna.errors import DeviceError
-from puna.kernels import _cpu, blocks
+from puna.kernels import _cpu, blocks, reference
 from puna.kernels.blocks import TYPES
 from puna.kernels.encode import KINDS, check, quantize, too_large
 from puna.kernels.layouts import BF16, Cache, Mapped, Packed, PageTable, Panels, Weight, mapping
@@ -29,6 +29,9 @@ from puna.kernels.reference import SUM_PART, rope_table
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]
+
+PAGE_MULTIPLE = 16
+"""Of which the tokens of a page and of a chunk are multiples (kernels.h: LEAST_PAGE)."""
 
 
 def isas() -> list[str]:
@@ -178,9 +181,9 @@ def embedding(table: Weight, ids: I32) -> F32:
     return out
 
 
-def rms_norm(x: F32, weight: Weight, eps: float) -> F32:
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension."""
-    words, bf16 = _words(weight)
+def rms_norm(x: F32, weight: Weight | None, eps: float) -> F32:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension; without a weight its numbers are one."""
+    words, bf16 = _words(np.ones(x.shape[-1], np.float32) if weight is None else weight)
     out = np.empty(x.shape, np.float32)
     _cpu.rms_norm(x, words, bf16, eps, out)
     return out
@@ -212,18 +215,37 @@ def write_kv(cache_k: Cache, cache_v: Cache, k: F32, v: F32, table: PageTable) -
     _cpu.write_kv(keys, values, kind, k, v, table)
 
 
-def attention(q: F32, k: Cache, v: Cache, table: PageTable | None, bf16: bool = False) -> F32:
+def attention(q: F32, k: Cache, v: Cache, table: PageTable | None, bf16: bool = False, chunk: int = 0) -> F32:
     """Causal attention of q [N, H, D] over caches [pages, page, G, D], or of whole stretches: see the reference.
 
     A token's result has the same bits alone and among up to 8 of its sequence, and again among any larger number;
     between the two it differs by rounding, unless `set_invariant` forbids it. Other sequences and the size of a page
     never matter. With `bf16` the second of them rounds queries, keys, values and the softmax's numerators to bfloat16,
-    where the processor multiplies that faster and the cache is not float32. Raises ValueError for a table that does
-    not fit.
+    where the processor multiplies that faster and the cache is not float32. A chunk that is no multiple of 16, as no
+    released model has, goes to the reference. Raises ValueError for a table that does not fit.
     """
+    if chunk % PAGE_MULTIPLE:
+        return reference.attention(q, k, v, table, bf16, chunk)
     keys, values, kind = _caches(k, v)
     out = np.empty(q.shape, np.float32)
-    _cpu.attention(q, keys, values, kind, table, bf16, out)
+    _cpu.attention(q, keys, values, kind, table, bf16, chunk, out)
+    return out
+
+
+def attend_alone(q: F32, k: F32, v: F32) -> F32:
+    """The reference's `attend` of q [*, Tq, H, D] over k and v [*, Tk, G, D], a query's bits being its own.
+
+    Each query is a sequence by itself that stands on the last key. For many queries NumPy's products are faster.
+    """
+    *lead, tokens, _, D = q.shape
+    seen = k.shape[-3]
+    out = np.empty(q.shape, np.float32)
+    starts, place = np.arange(tokens + 1, dtype=np.int32), np.zeros((tokens, 1), np.int32)
+    table = PageTable(np.full(tokens, seen - 1, np.int32), starts, place)
+    for index in np.ndindex(*lead):
+        page = np.zeros((2, 1, -(-seen // 16) * 16, k.shape[-2], D), np.float32)
+        page[0, 0, :seen], page[1, 0, :seen] = k[index], v[index]
+        out[index] = attention(np.ascontiguousarray(q[index]), page[0], page[1], table)
     return out
 
 
@@ -231,6 +253,39 @@ def swiglu(gate: F32, up: F32) -> F32:
     """silu(gate) · up."""
     out = np.empty(gate.shape, np.float32)
     _cpu.swiglu(gate, up, out)
+    return out
+
+
+def route(logits: F32, k: int) -> tuple[I32, F32]:
+    """The experts of each token, and sigmoid of their logits; see the reference. Errors as `top_k`."""
+    shape = (*logits.shape[:-1], max(k, 0))
+    ids, scores = np.empty(shape, np.int32), np.empty(shape, np.float32)
+    _cpu.route(logits, ids, scores)
+    return ids, scores
+
+
+def experts(
+    x: F32,
+    chosen: I32,
+    scores: F32,
+    part: Callable[[int], tuple[Weight, Weight, Weight]],
+    shared: tuple[Weight, Weight, Weight],
+) -> F32:
+    """SwiGLU of x, and the sum over a token's experts of SwiGLU of score · x; see the reference.
+
+    A row's bits depend on the others as in `linear`.
+    """
+
+    def three(matrices: tuple[Weight, Weight, Weight]) -> Any:
+        return tuple(_matrix(weight, "experts") for weight in matrices)
+
+    used = sorted(set(chosen.ravel().tolist()))
+    rows, out = x.reshape(-1, x.shape[-1]), np.empty(x.shape, np.float32)
+    slots = (len(rows), chosen.shape[-1])
+    _cpu.experts(
+        rows, chosen.reshape(slots), scores.reshape(slots), used, [three(part(e)) for e in used], three(shared),
+        out.reshape(rows.shape),
+    )  # fmt: skip
     return out
 
 
@@ -264,10 +319,22 @@ def _leaf(weight: Weight) -> tuple[npt.NDArray[Any], int, int, int]:
     return words, 2 if bf16 else 0, weight.shape[0], 1
 
 
-class Decoder:
-    """A whole forward of the dense decoder (`models/decoder.py`) as one call, over the same weights.
+class Manner(NamedTuple):
+    """What a layer of a `Decoder` does: how many experts it has (0: none, it is dense), the chunk that it sees (0:
+    everything), rope, a norm of queries and keys without weights, and longer queries by temperature."""
 
-    What it is: these ops in that file's order, so the same bits, without Python between them; the lock of the
+    experts: int = 0
+    chunk: int = 0
+    turned: bool = True
+    normed: bool = False
+    tempered: bool = False
+
+
+class Decoder:
+    """A whole forward of a decoder (`models/decoder.py`, the text of `models/llama4.py`) as one call, over the same
+    weights.
+
+    What it is: these ops in those files' order, so the same bits, without Python between them; the lock of the
     interpreter is released once a call. Two threads may call at once. Caches are the caller's. Of the last layer only
     rows that are wanted are computed, and those between them in a sequence.
     """
@@ -285,8 +352,14 @@ class Decoder:
         layers: Sequence[Sequence[Weight | None]],
         norm: Weight,
         head: Weight | None,
+        manners: Sequence[Manner] | None = None,
+        experts_per_token: int = 0,
+        temperature: tuple[int, float] | None = None,
     ) -> None:
-        """A layer is its 16 leaves in the order of `models.tree.Layer`, a weight before its bias; None: no bias.
+        """A layer is its 16 leaves in the order of `models.tree.Layer`, a weight before its bias; None: no bias. That
+        of a mixture has, after the norm of its feed-forward, the router, and gate, up and down of the shared one and of
+        each expert. `manners` has one a layer; None: all are the dense decoder's. `temperature` is the floor and the
+        scale of layers that are tempered.
 
         Raises TypeError for a weight of a type that no kernel reads, ValueError for a shape that does not fit.
         """
@@ -294,9 +367,11 @@ class Decoder:
             heads, kv_heads, head_dim, eps, interleaved,
             _leaf(embedding),
             [[None if leaf is None else _leaf(leaf) for leaf in layer] for layer in layers],
+            [Manner() for _ in layers] if manners is None else list(manners), experts_per_token,
             _leaf(norm),
             None if head is None else _leaf(head),
         )  # fmt: skip
+        self._temperature = temperature
         self._vocabulary = embedding.shape[0]
         self._inv_freq = inv_freq
         self._dim = embedding.shape[1]
@@ -357,8 +432,13 @@ class Decoder:
             # Both are replaced at once: another thread may be about to read them.
             rows = np.arange(max(needed, 2 * len(cos), 256), dtype=np.int32)
             self._rope = cos, sin = rope_table(rows, self._inv_freq)
+        near = None if table is None or table.local is None else PageTable(table.positions, table.starts, table.local)
+        longer = None
+        if self._temperature is not None:
+            positions = np.arange(len(tokens), dtype=np.int32) if table is None else table.positions
+            longer = reference.temperatures(positions, *self._temperature, np.float32)
         self._decoder.run(
-            tokens, table, cos, sin, words[: len(keys)], words[len(keys) :], kind, wanted, hidden, out
+            tokens, table, near, longer, cos, sin, words[: len(keys)], words[len(keys) :], kind, wanted, hidden, out
         )  # fmt: skip
 
 

@@ -17,9 +17,11 @@
 // With AVX-512 BF16, a cache of 16 bits or less and the caller's leave (`bf16`), the second way rounds queries, keys,
 // values and the softmax's numerators to bfloat16 (vdpbf16ps; sums, maxima and denominators stay float32).
 
-// Some tokens of one sequence that are attended the same way.
+// Some tokens of one sequence that are attended the same way. With a chunk they are all of one, and keys and positions
+// are counted from its beginning.
 struct Span {
-    const int32_t* pages;     // the sequence's
+    const int32_t* pages;     // the sequence's, from the one in which key 0 lies
+    int64_t skip;             // tokens of that page before key 0: a multiple of LEAST_PAGE
     int64_t token, tokens;    // rows of q and out
     int64_t position;         // of the first token
     int64_t pieces;           // many: tiles of rows; few: stretches of keys
@@ -36,6 +38,7 @@ struct AttentionJob {
     const char *k, *v;
     float* out;
     int64_t page, H, G, D, R;  // R = H / G, the heads of a group
+    int64_t chunk;             // 0: none
     int64_t head, token;       // bytes of the cache from one head to the next, and from one token to the next
     float scale;               // log2(e) / √D: all exponentials here are powers of 2
     const Span* spans;         // those of many rows first
@@ -63,11 +66,12 @@ struct KeyRun {
     int64_t first, count, offset;
 };
 
-// The runs of keys first to first + count of a sequence, their `first` counted from there; returns how many there are.
-INLINE int64_t runs_of(const AttentionJob& job, const int32_t* pages, int64_t first, int64_t count, KeyRun* runs) {
+// The runs of keys first to first + count of a span, their `first` counted from there; returns how many there are.
+INLINE int64_t runs_of(const AttentionJob& job, const Span& span, int64_t first, int64_t count, KeyRun* runs) {
+    first += span.skip;
     int64_t n = 0, number = first / job.page, row = first % job.page;
     for (int64_t s = 0; s < count; number++, row = 0, n++) {
-        runs[n] = {s, smaller(count - s, job.page - row), (pages[number] * job.page + row) * job.token};
+        runs[n] = {s, smaller(count - s, job.page - row), (span.pages[number] * job.page + row) * job.token};
         s += runs[n].count;
     }
     return n;
@@ -157,11 +161,11 @@ INLINE void bring_run(const KeyBlock& block, int64_t from, int64_t count, const 
 
 // The keys and values of a group, from their pages.
 template <int TYPE, bool PAIRS>
-INLINE void bring(const AttentionJob& job, const int32_t* pages, int64_t g, KeyBlock& block) {
+INLINE void bring(const AttentionJob& job, const Span& span, int64_t g, KeyBlock& block) {
     block.value_row = round_up(job.D, W);
     block.key_row = PAIRS ? round_up(job.D, 32) / 2 : block.value_row;
     KeyRun runs[KEY_BLOCK / LEAST_PAGE + 1];
-    int64_t count = runs_of(job, pages, block.s0, block.count, runs);
+    int64_t count = runs_of(job, span, block.s0, block.count, runs);
     for (int64_t i = 0; i < count; i++) {
         int64_t offset = runs[i].offset + g * job.head;
         bring_run<TYPE, PAIRS>(block, runs[i].first, runs[i].count, job.k + offset, job.v + offset, job.token, job.D);
@@ -301,7 +305,7 @@ static void many_rows_task(const AttentionJob& job, const Span& span, int64_t in
     block.keys = keys, block.values = values;
     for (block.s0 = 0; block.s0 < most; block.s0 += KEY_BLOCK) {
         block.count = smaller(KEY_BLOCK, most - block.s0);
-        bring<TYPE, PAIRS>(job, span.pages, g, block);
+        bring<TYPE, PAIRS>(job, span, g, block);
         for (int64_t n = 0; n < count; n++) {
             const Panel& p = panels[n];
             if (block.s0 >= p.most) continue;
@@ -557,7 +561,7 @@ static void few_rows_task(const AttentionJob& job, const Span& span, int64_t ind
         int64_t count = smaller(near, most - s0);
         for (int64_t i = 0; i < rows; i++) near_seen[i] = seen[i] - s0;
         KeyRun runs[NEAR / LEAST_PAGE + 1];
-        int64_t run_count = runs_of(job, span.pages, first + s0, count, runs);
+        int64_t run_count = runs_of(job, span, first + s0, count, runs);
         // What comes next: in this stretch, or the beginning of the one that this thread is likely to get.
         int64_t next = first + s0 + near, next_count = larger(smaller(near, most - s0 - near), 0);
         if (s0 + near >= STRETCH && stretch + job.threads < span.pieces) {
@@ -568,7 +572,7 @@ static void few_rows_task(const AttentionJob& job, const Span& span, int64_t ind
             // This group's share of the keys that come next.
             int64_t from = next + (job.parts > 1 ? 0 : next_count * (g - g0) / (g1 - g0));
             int64_t to = next + (job.parts > 1 ? 0 : next_count * (g - g0 + 1) / (g1 - g0));
-            Ahead ahead_k = {&job, job.k, span.pages, from, to, nullptr, nullptr}, ahead_v = ahead_k;
+            Ahead ahead_k = {&job, job.k, span.pages, span.skip + from, span.skip + to, nullptr, nullptr}, ahead_v = ahead_k;
             ahead_v.cache = job.v;
             for (int64_t i = 0; i < rows;) {
                 const float* row = q + ((g - g0) * rows + i) * q_row;
@@ -628,11 +632,18 @@ INLINE void each_span(const AttentionJob& job, const PageTable& table, Take take
         int64_t b = i % table.sequences, start = table.starts[b], count = table.starts[b + 1] - start;
         bool few = i >= table.sequences;
         if (count == 0 || few != (count <= FEW_TOKENS || all_few)) continue;
-        int64_t most = few ? FEW_TOKENS : count;
-        for (int64_t t = 0; t < count; t += most) {
-            int64_t tokens = smaller(most, count - t), position = table.positions[start + t];
+        int64_t most = few ? FEW_TOKENS : count, tokens;
+        for (int64_t t = 0; t < count; t += tokens) {
+            int64_t position = table.positions[start + t], base = 0;
+            tokens = smaller(most, count - t);
+            if (job.chunk) {
+                base = position / job.chunk * job.chunk;
+                tokens = smaller(tokens, base + job.chunk - position);
+            }
+            position -= base;
             int64_t pieces = few ? ceil_div(position + tokens, STRETCH) : ceil_div(tokens * job.R, QUERY_PANELS * LANES);
-            take(Span{table.pages + b * table.width, start + t, tokens, position, pieces, nullptr}, few);
+            const int32_t* pages = table.pages + b * table.width + base / table.page;
+            take(Span{pages, base % table.page, start + t, tokens, position, pieces, nullptr}, few);
         }
     }
 }
@@ -698,8 +709,9 @@ static void attention_of(AttentionJob& job, const PageTable& table, bool bf16) {
 }
 
 static void attention(const float* q, Weights k, Weights v, const PageTable& table, int64_t H, int64_t G, int64_t D,
-                      bool bf16, float* out) {
+                      bool bf16, int64_t chunk, float* out) {
     AttentionJob job = {};
+    job.chunk = chunk;
     job.q = q, job.k = (const char*)k.data, job.v = (const char*)v.data, job.out = out;
     job.page = table.page, job.H = H, job.G = G, job.D = D, job.R = H / G;
     job.head = head_bytes(k.type, D), job.token = G * job.head;

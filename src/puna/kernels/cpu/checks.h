@@ -159,9 +159,10 @@ int64_t product(const A& a, size_t first, size_t last) {
 // A table of pages (layouts.PageTable): positions, starts, pages.
 using TableArrays = std::tuple<In, In, In>;
 
-// The table of `tokens` tokens over a cache of `count` pages of `page` tokens each.
+// The table of `tokens` tokens over a cache of `count` pages of `page` tokens each. With a chunk, pages before that of a
+// sequence's first token are not needed, and so not looked at.
 inline PageTable checked_table(const TableArrays& arrays, const std::string& op, int64_t tokens, int64_t count,
-                               int64_t page) {
+                               int64_t page, int64_t chunk = 0) {
     const auto& [positions, starts, pages] = arrays;
     std::string name = op + "table.positions";
     PageTable table = {};
@@ -194,7 +195,7 @@ inline PageTable checked_table(const TableArrays& arrays, const std::string& op,
         if (needed > table.width)
             bad_value(name + " has " + std::to_string(table.width) + " pages a sequence, and position " +
                       std::to_string(table.positions[last]) + " needs " + std::to_string(needed));
-        for (int64_t i = 0; i < needed; i++)
+        for (int64_t i = chunk ? table.positions[start] / chunk * chunk / page : 0; i < needed; i++)
             if (int32_t number = table.pages[b * table.width + i]; number < 0 || number >= count)
                 bad_value(name + ": " + std::to_string(number) + " is not in a cache of " + std::to_string(count));
     }

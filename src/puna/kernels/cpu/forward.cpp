@@ -1,8 +1,8 @@
-// models/decoder.py as one call: the same ops in the same order on the same shapes, so the same bits, without Python
-// between them.
+// models/decoder.py, and the text of models/llama4.py, as one call: the same ops in the same order on the same shapes, so
+// the same bits, without Python between them.
 //
 // What it is not: a second definition of any op. It sequences the table of the chosen instruction set (kernels.h) and
-// adds; no flags of an instruction set here. A test compares it bit by bit with `decoder.forward`.
+// adds; no flags of an instruction set here. A test compares it bit by bit with those files' `forward`.
 //
 // What is surprising: the last layer writes the keys and values of all tokens, and computes all else only for the rows of
 // each sequence from the first wanted one to the last: of a prefill of 16 layers that saves nearly a sixteenth. Such a
@@ -42,9 +42,13 @@ void add(float* x, const float* y, int64_t count) {
 
 int64_t padded(int64_t floats) { return (floats + 15) / 16 * 16; }
 
+Mixture mixture_of(const DecoderLayer& layer) {
+    return {layer.experts.data(), nullptr, static_cast<int64_t>(layer.experts.size()), layer.shared};
+}
+
 // Where everything lies in the scratch, in floats. The feed-forward overlays what attention needed.
 struct Plan {
-    int64_t x, h, cos, sin, q, k, v, heads, gate, up, total;
+    int64_t x, h, cos, sin, q, k, v, heads, gate, up, y, router, ids, scores, mixture, total;
 
     Plan(const DecoderModel& m, int64_t tokens) {
         int64_t at = 0;
@@ -66,6 +70,22 @@ struct Plan {
         at = overlaid;
         gate = take(m.hidden);
         up = take(m.hidden);
+        end = at > end ? at : end;
+        at = overlaid;
+        int64_t experts = 0, scratch = 0;
+        for (const DecoderLayer& layer : m.layers) {
+            if (layer.experts.empty()) continue;
+            int64_t count = static_cast<int64_t>(layer.experts.size());
+            int64_t needed = puna_experts_scratch(mixture_of(layer), tokens, tokens, m.dim);
+            experts = count > experts ? count : experts;
+            scratch = needed > scratch ? needed : scratch;
+        }
+        y = take(experts ? m.dim : 0);
+        router = take(experts);
+        ids = take(m.chosen);
+        scores = take(m.chosen);
+        mixture = at;
+        at += padded(scratch);
         total = at > end ? at : end;
     }
 };
@@ -101,7 +121,7 @@ size_t puna_forward_scratch(const DecoderModel& model, const DecoderCall& call) 
 void puna_forward(const Kernels& kernels, const DecoderModel& m, const DecoderCall& call, float* scratch,
                   const std::function<void()>& between) {
     const int64_t D = m.D, half = D / 2, q_dim = m.heads * D, kv_dim = m.kv_heads * D;
-    PageTable table = call.table;
+    PageTable table = call.table, near = call.near;
     int64_t rows = table.starts[table.sequences];
     const int32_t *positions = table.positions, *wanted = call.wanted;
     Plan plan(m, rows);
@@ -135,8 +155,14 @@ void puna_forward(const Kernels& kernels, const DecoderModel& m, const DecoderCa
         Product kv[] = {product(layer.k, kv_dim, k), product(layer.v, kv_dim, v)};
         if (fewer) linear(h, m.dim, {kv[0], kv[1]});
         else linear(h, m.dim, {product(layer.q, q_dim, q), kv[0], kv[1]});
-        kernels.rope(k, cos, sin, rows, m.kv_heads, D, m.interleaved, k);
-        if (call.keys) kernels.write_kv(call.keys[i], call.values[i], k, v, table, m.kv_heads, D);
+        // Queries or keys [rows, heads, D], in place.
+        auto turn = [&](float* of, int64_t count) {
+            if (layer.turned) kernels.rope(of, cos, sin, rows, count, D, m.interleaved, of);
+            if (layer.normed) kernels.rms_norm(of, {m.ones.data(), F32}, rows * count, D, m.eps, of);
+        };
+        turn(k, m.kv_heads);
+        const PageTable& written = layer.chunk ? near : table;
+        if (call.keys) kernels.write_kv(call.keys[i], call.values[i], k, v, written, m.kv_heads, D);
         if (last && call.count == 0) return;
         if (fewer) {
             rows = static_cast<int64_t>(kept.rows.size());
@@ -149,18 +175,35 @@ void puna_forward(const Kernels& kernels, const DecoderModel& m, const DecoderCa
             }
             cos = scratch + plan.cos;
             sin = scratch + plan.sin;
-            table.positions = kept.positions.data();
-            table.starts = kept.starts.data();
+            table.positions = near.positions = kept.positions.data();
+            table.starts = near.starts = kept.starts.data();
             wanted = kept.wanted.data();
             linear(h, m.dim, {product(layer.q, q_dim, q)});
         }
-        kernels.rope(q, cos, sin, rows, m.heads, D, m.interleaved, q);
+        turn(q, m.heads);
+        if (layer.tempered)
+            for (int64_t row = 0; row < rows; row++)
+                if (float by = call.temperatures[fewer ? kept.rows[row] : row]; by != 1.0f)
+                    for (int64_t d = 0; d < q_dim; d++) q[row * q_dim + d] *= by;
+        const PageTable& seen = layer.chunk ? near : table;
         bool packed = layer.q.weight.type > BF16;  // see models/decoder.py
-        if (call.keys) kernels.attention(q, call.keys[i], call.values[i], table, m.heads, m.kv_heads, D, packed, heads);
-        else kernels.attention(q, {k, F32}, {v, F32}, table, m.heads, m.kv_heads, D, packed, heads);
+        Weights keys = {k, F32}, values = {v, F32};
+        if (call.keys) keys = call.keys[i], values = call.values[i];
+        kernels.attention(q, keys, values, seen, m.heads, m.kv_heads, D, packed, layer.chunk, heads);
         linear(heads, q_dim, {product(layer.o, m.dim, h)});
         add(x, h, rows * m.dim);
         kernels.rms_norm(x, layer.mlp_norm, rows, m.dim, m.eps, h);
+        if (!layer.experts.empty()) {
+            float *y = scratch + plan.y, *logits = scratch + plan.router, *scores = scratch + plan.scores;
+            int32_t* ids = reinterpret_cast<int32_t*>(scratch + plan.ids);
+            int64_t count = static_cast<int64_t>(layer.experts.size());
+            linear(h, m.dim, {product({layer.router, {nullptr, F32}}, count, logits)});
+            puna_route(kernels, logits, rows, count, m.chosen, ids, scores);
+            puna_experts(kernels, mixture_of(layer), h, ids, scores, rows, m.chosen, rows, m.dim,
+                         scratch + plan.mixture, y);
+            add(x, y, rows * m.dim);
+            continue;
+        }
         linear(h, m.dim, {product(layer.gate, m.hidden, gate), product(layer.up, m.hidden, up)});
         kernels.swiglu(gate, up, rows * m.hidden, gate);
         linear(gate, m.hidden, {product(layer.down, m.dim, h)});

@@ -126,9 +126,10 @@ struct Kernels {
     // q and out [tokens, H, D]. A token's result has the same bits alone and among up to 8 of its sequence (decode), and
     // again among any larger number (prefill); between these two ways it differs by rounding, unless puna_invariant.
     // Other sequences and the size of a page never matter.
-    // bf16: prefill may round what it multiplies to bfloat16, unless the cache is F32.
+    // bf16: prefill may round what it multiplies to bfloat16, unless the cache is F32. A token at p sees the keys from
+    // p / chunk * chunk on; chunk is a multiple of LEAST_PAGE, or 0: from 0 on.
     void (*attention)(const float* q, Weights k, Weights v, const PageTable& table, int64_t H, int64_t G, int64_t D,
-                      bool bf16, float* out);
+                      bool bf16, int64_t chunk, float* out);
     void (*swiglu)(const float* gate, const float* up, int64_t count, float* out);
     void (*argmax)(const float* logits, int64_t rows, int64_t vocabulary, int32_t* out);
     // The k largest of each row, 1 <= k <= vocabulary, largest first, equals by lower id: ids and values [rows, k].

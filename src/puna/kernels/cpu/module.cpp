@@ -7,12 +7,14 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "binding.h"
 #include "checks.h"
+#include "experts.h"
 #include "kernels.h"
 #include "memory.h"
 #include "pool.h"
@@ -123,14 +125,14 @@ void write_kv(const Out& cache_k, const Out& cache_v, int kind, const In& k, con
     same_shape(v, "write_kv: v", {tokens, G, D});
     if (shape != std::vector<int64_t>{shape[0], shape[1], G, D} || shape_v != shape)
         bad_value("write_kv: caches " + numbers(shape) + " and " + numbers(shape_v) + " and k " + shape_of(k) + " do not fit");
-    PageTable where = checked_table(table, "write_kv: ", tokens, shape[0], shape[1]);
+    PageTable where = checked_table(table, "write_kv: ", tokens, shape[0], shape[1], 1);
     if (k.size() == 0) return;
     Unlocked unlocked(k.size() * 2 * PER_NUMBER);
     puna_active->write_kv(to_k, to_v, from_k, from_v, where, G, D);
 }
 
 void attention(const In& q, const In& k, const In& v, int kind, const std::optional<TableArrays>& table, bool bf16,
-               const Out& out) {
+               int64_t chunk, const Out& out) {
     const float* from = checked<const float>(q, "attention: q");
     std::vector<int64_t> shape, shape_v;
     Weights keys = cache_of(k, kind, "attention: k", shape), values = cache_of(v, kind, "attention: v", shape_v);
@@ -143,6 +145,8 @@ void attention(const In& q, const In& k, const In& v, int kind, const std::optio
         bad_value("attention: q " + shape_of(q) + ", k " + numbers(shape) + " and v " + numbers(shape_v) + " do not fit");
     if (G == 0 || H % G)
         bad_value("attention: " + std::to_string(H) + " query heads do not divide among " + std::to_string(G) + " key/value heads");
+    if (chunk < 0 || chunk % LEAST_PAGE)
+        bad_value("attention: a chunk of " + std::to_string(chunk) + " is no multiple of " + std::to_string(LEAST_PAGE));
     float* to = checked<float>(out, "attention: out");
     like(out, "attention: out", q, "q");
     if (q.size() == 0) return;
@@ -150,17 +154,17 @@ void attention(const In& q, const In& k, const In& v, int kind, const std::optio
     int64_t work = 0;
     std::vector<int32_t> positions, starts, pages;  // without a table: one page each
     if (table) {
-        where = checked_table(*table, "attention: ", tokens, shape[0], shape[1]);
-        for (int64_t i = 0; i < tokens; i++) work += where.positions[i] + 1;
+        where = checked_table(*table, "attention: ", tokens, shape[0], shape[1], chunk);
+        for (int64_t i = 0; i < tokens; i++) work += (chunk ? where.positions[i] % chunk : where.positions[i]) + 1;
     } else {
         int64_t T = shape[1];
-        work = tokens * T;
+        work = tokens * (chunk && chunk < T ? chunk : T);
         for (int64_t i = 0; i < tokens; i++) positions.push_back((int32_t)(i % T));
         for (int64_t b = 0; b <= shape[0]; b++) starts.push_back((int32_t)(b * T)), pages.push_back((int32_t)b);
         where = {positions.data(), starts.data(), pages.data(), shape[0], 1, T};
     }
     Unlocked unlocked(work * H * D);
-    puna_active->attention(from, keys, values, where, H, G, D, bf16, to);
+    puna_active->attention(from, keys, values, where, H, G, D, bf16, chunk, to);
 }
 
 void swiglu(const In& gate, const In& up, const Out& out) {
@@ -185,20 +189,88 @@ void argmax(const In& logits, const Out& out) {
     puna_active->argmax(x, rows, vocabulary, to);
 }
 
-void top_k(const In& logits, const Out& ids, const Out& values) {
-    const float* x = checked<const float>(logits, "top_k: logits");
+// What `top_k` is given, checked.
+struct Chosen {
+    const float* logits;
+    int64_t rows, vocabulary, k;
+    int32_t* ids;
+    float* values;
+};
+
+Chosen chosen_of(const In& logits, const Out& ids, const Out& values) {
+    Chosen c;
+    c.logits = checked<const float>(logits, "top_k: logits");
     dims(logits, "top_k: logits", 1, 64);
     dims(ids, "top_k: ids", logits.ndim(), logits.ndim());
     size_t n = logits.ndim();
-    int64_t rows = product(logits, 0, n - 1), vocabulary = logits.shape(n - 1), k = ids.shape(n - 1);
-    if (k < 1 || k > vocabulary)
-        bad_value("top_k: k = " + std::to_string(k) + " is not between 1 and the vocabulary of " + std::to_string(vocabulary));
-    int32_t* to_ids = checked<int32_t>(ids, "top_k: ids");
-    float* to_values = checked<float>(values, "top_k: values");
+    c.rows = product(logits, 0, n - 1), c.vocabulary = logits.shape(n - 1), c.k = ids.shape(n - 1);
+    if (c.k < 1 || c.k > c.vocabulary)
+        bad_value("top_k: k = " + std::to_string(c.k) + " is not between 1 and the vocabulary of " + std::to_string(c.vocabulary));
+    c.ids = checked<int32_t>(ids, "top_k: ids");
+    c.values = checked<float>(values, "top_k: values");
     like(ids, "top_k: ids", logits, "logits", n - 1);
     like(values, "top_k: values", ids, "ids");
+    return c;
+}
+
+void top_k(const In& logits, const Out& ids, const Out& values) {
+    Chosen c = chosen_of(logits, ids, values);
     Unlocked unlocked(logits.size() * PER_NUMBER);
-    puna_active->top_k(x, rows, vocabulary, k, to_ids, to_values);
+    puna_active->top_k(c.logits, c.rows, c.vocabulary, c.k, c.ids, c.values);
+}
+
+// The k largest of each row, and sigmoid of those.
+void route(const In& logits, const Out& ids, const Out& scores) {
+    Chosen c = chosen_of(logits, ids, scores);
+    Unlocked unlocked(logits.size() * PER_NUMBER);
+    puna_route(*puna_active, c.logits, c.rows, c.vocabulary, c.k, c.ids, c.values);
+}
+
+// A matrix as Python hands it over: its array, type, rows and columns.
+using MatrixOf = std::tuple<In, int, int64_t, int64_t>;
+
+Gated gated(const std::tuple<MatrixOf, MatrixOf, MatrixOf>& of, int64_t dim) {
+    auto checked_matrix = [](const MatrixOf& m) {
+        return matrix(std::get<0>(m), std::get<1>(m), std::get<2>(m), std::get<3>(m), "experts: weight");
+    };
+    const auto& [gate, up, down] = of;
+    int64_t hidden = std::get<2>(gate);
+    if (std::get<3>(gate) != dim || std::get<2>(up) != hidden || std::get<3>(up) != dim || std::get<2>(down) != dim ||
+        std::get<3>(down) != hidden || hidden < 1)
+        bad_value("experts: the three matrices of one, and x of " + std::to_string(dim) + " columns, do not fit");
+    return {checked_matrix(gate), checked_matrix(up), checked_matrix(down), hidden};
+}
+
+// `puna_experts` of x [rows, dim], with a part for each of the ids `used`.
+void experts(const In& x, const In& chosen, const In& scores, const std::vector<int32_t>& used,
+             const std::vector<std::tuple<MatrixOf, MatrixOf, MatrixOf>>& parts,
+             const std::tuple<MatrixOf, MatrixOf, MatrixOf>& shared, const Out& out) {
+    const float *from = checked<const float>(x, "experts: x"), *score = checked<const float>(scores, "experts: scores");
+    const int32_t* ids = checked<const int32_t>(chosen, "experts: chosen");
+    dims(x, "experts: x", 2, 2);
+    dims(chosen, "experts: chosen", 2, 2);
+    like(scores, "experts: scores", chosen, "chosen");
+    float* to = checked<float>(out, "experts: out");
+    like(out, "experts: out", x, "x");
+    int64_t rows = x.shape(0), dim = x.shape(1), k = chosen.shape(1);
+    same_shape(chosen, "experts: chosen", {rows, k});
+    if (parts.size() != used.size()) bad_value("experts: as many parts as experts are used must be given");
+    if (out.size() == 0) return;
+    std::vector<Gated> each;
+    int64_t most = 0, found = 0, work = 0;
+    for (size_t e = 0; e < used.size(); e++) {
+        each.push_back(gated(parts[e], dim));
+        int64_t count = 0;
+        for (int64_t i = 0; i < rows * k; i++) count += ids[i] == used[e];
+        most = count > most ? count : most;
+        found += count;
+        work += count * each[e].hidden;
+    }
+    if (found != rows * k) bad_value("experts: each id chosen must be among those used, once");
+    Mixture mixture = {each.data(), used.data(), (int64_t)used.size(), gated(shared, dim)};
+    Unlocked unlocked((work + rows * mixture.shared.hidden) * dim * 3);
+    std::unique_ptr<float[]> scratch(new float[(size_t)puna_experts_scratch(mixture, rows, most, dim)]);
+    puna_experts(*puna_active, mixture, from, ids, score, rows, k, most, dim, scratch.get(), to);
 }
 
 // Rows of logits that lie anywhere, all of one length.
@@ -305,10 +377,13 @@ NB_MODULE(_cpu, m) {
     m.def("write_kv", write_kv, arg().noconvert(), arg().noconvert(), arg(), arg().noconvert(), arg().noconvert(),
           arg().noconvert());
     m.def("attention", attention, arg().noconvert(), arg().noconvert(), arg().noconvert(), arg(),
-          arg().noconvert().none(), arg(), arg().noconvert());
+          arg().noconvert().none(), arg(), arg(), arg().noconvert());
     m.def("swiglu", swiglu, arg().noconvert(), arg().noconvert(), arg().noconvert());
     m.def("argmax", argmax, arg().noconvert(), arg().noconvert());
     m.def("top_k", top_k, arg().noconvert(), arg().noconvert(), arg().noconvert());
+    m.def("route", route, arg().noconvert(), arg().noconvert(), arg().noconvert());
+    m.def("experts", experts, arg().noconvert(), arg().noconvert(), arg().noconvert(), arg().noconvert(),
+          arg().noconvert(), arg().noconvert(), arg().noconvert());
     m.def("shortlist", shortlist);
     m.def("above", above);
     m.def("allowed", allowed);
