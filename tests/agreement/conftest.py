@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from model_arrays import answers, host_array
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from puna.kernels import ops
-from puna.kernels.layouts import BF16
 from puna.models import decoder
 from puna.models.config import DecoderConfig, read_hub
 from puna.models.tree import DecoderWeights
@@ -100,14 +100,6 @@ def cast(model: LlamaForCausalLM, dtype: torch.dtype) -> LlamaForCausalLM:
     return model
 
 
-def host_array(tensor: torch.Tensor) -> Any:
-    """A tensor as what stands for it on the host."""
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return BF16(tensor.view(torch.int16).numpy().view(np.uint16))
-    return tensor.numpy()
-
-
 def trees(model: LlamaForCausalLM, config: DecoderConfig) -> tuple[DecoderWeights, DecoderWeights]:
     """The model's own numbers as Puna's tree: (host arrays, tensors that share memory and gradients with the model)."""
     parameters = dict(model.named_parameters())
@@ -133,12 +125,6 @@ class Oracle:
     """transformers in float32 on these weights: [T, V] a row."""
     rounded: list[Floats]
     """transformers in the weights' own type (the same as `exact` for fp32)."""
-
-
-def answers(model: LlamaForCausalLM, rows: list[npt.NDArray[np.int32]]) -> list[Floats]:
-    """transformers' logits of each row alone, no padding: [T, V] each."""
-    with torch.no_grad():
-        return [model(torch.from_numpy(row)[None].long()).logits[0].float().numpy() for row in rows]
 
 
 @cache

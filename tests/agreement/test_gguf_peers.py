@@ -14,14 +14,17 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
+from tests.unit.weights.family_models import llama4, save
 
 from puna.kernels import encode
 from puna.kernels.layouts import to_float32
+from puna.models.registry import definition
 from puna.text.tokenizer import load_tokenizer
 from puna.types import QUANTS
 from puna.weights.checkpoint import open_checkpoint
 from puna.weights.convert import convert
 from puna.weights.embedded import embedded_folder
+from puna.weights.load import load_weights
 from puna.weights.mixes import MIXES
 
 pytestmark = pytest.mark.peers
@@ -99,18 +102,22 @@ def types(path: Path) -> dict[str, str]:
     return {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
 
 
+def quantized(source: Path, path: Path, mix: str) -> Path:
+    """llama.cpp's packing of a file."""
+    import llama_cpp
+
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.nthread = MIXES[mix].file_type, 1
+    assert llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(options)) == 0
+    return path
+
+
 @pytest.mark.parametrize("mix", QUANTS)
 def test_llama_cpp_chooses_the_same_types(mix: str, tmp_path: Path) -> None:
     """Tensor by tensor, from the same file; and it continues a story from ours."""
-    import llama_cpp
-
     source = convert(embedded_folder(), tmp_path / "f16.gguf", to="gguf", dtype="F16").path
     ours = convert(embedded_folder(), tmp_path / "ours.gguf", to="gguf", dtype=mix).path
-    options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype, options.nthread = MIXES[mix].file_type, 1
-    theirs = tmp_path / "theirs.gguf"
-    assert llama_cpp.llama_model_quantize(str(source).encode(), str(theirs).encode(), ctypes.byref(options)) == 0
-    assert types(ours) == types(theirs)
+    assert types(ours) == types(quantized(source, tmp_path / "theirs.gguf", mix))
     answer = llama(ours, n_ctx=64).create_completion("Once upon a time", max_tokens=12, temperature=0.0, top_k=1)
     assert len(answer["choices"][0]["text"]) > 20
 
@@ -148,3 +155,69 @@ def test_ggml_packs_no_better(kind: str) -> None:
             for data in (ours, theirs)
         ]
         assert errors[0] < errors[1]
+
+
+@pytest.fixture(scope="module")
+def llama4_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama 4 with Scout's rope: two layers of four experts among five, one of them global."""
+    import torch
+
+    scout = {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    sizes: dict[str, Any] = {
+        "hidden_size": 256, "intermediate_size": 256, "intermediate_size_mlp": 512, "head_dim": 64, "vocab_size": 512,
+        "num_attention_heads": 4, "num_local_experts": 4, "num_hidden_layers": 5, "rope_parameters": scout,
+    }  # fmt: skip
+    model = llama4(vision=False, **sizes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(1 + parameter * 0.3 if "norm" in name else parameter * 0.2)
+    return save(model, tmp_path_factory.mktemp("llama4") / "hub", torch.float32)
+
+
+@pytest.mark.parametrize(("mix", "typical"), [("F32", 1e-5), ("Q8_0", 0.1), ("Q4_K_M", 0.1)])
+def test_llama_cpp_runs_llama_4(mix: str, typical: float, llama4_folder: Path, reference: Path, tmp_path: Path) -> None:
+    """Logits beside ours of the same file: metadata, names, the experts' orientation, gate and up, the rope's tensor.
+
+    Packed products round their input, and now and then a token then takes another expert: the median row is compared.
+    """
+    tokenizer = reference / "checkpoints" / "stories260K" / "tok512.bin"
+    made = convert(llama4_folder, tmp_path / "x.gguf", to="gguf", dtype=mix, tokenizer=tokenizer)
+    ids = np.random.default_rng(0).integers(3, 500, 40).astype(np.int32)
+    checkpoint = open_checkpoint(made.path)
+    (weights, _), page = load_weights(checkpoint), definition(checkpoint.config)
+    ours = np.asarray(page.logits(weights, page.forward(weights, checkpoint.config, ids[None])))[0]
+    model = llama(made.path, n_ctx=64, logits_all=True, type_k=0, type_v=0, flash_attn=False)
+    model.eval(ids.tolist())
+    theirs = np.array(model.scores[: len(ids)])
+    rows = np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)
+    assert np.median(rows) < typical
+    assert rows.max() < 50 * typical
+
+
+@pytest.mark.parametrize("mix", QUANTS)
+def test_llama_cpp_chooses_the_same_types_for_experts(
+    mix: str, llama4_folder: Path, reference: Path, tmp_path: Path
+) -> None:
+    tokenizer = reference / "checkpoints" / "stories260K" / "tok512.bin"
+    source = convert(llama4_folder, tmp_path / "f32.gguf", to="gguf", dtype="F32", tokenizer=tokenizer).path
+    ours = convert(llama4_folder, tmp_path / "ours.gguf", to="gguf", dtype=mix, tokenizer=tokenizer).path
+    assert types(ours) == types(quantized(source, tmp_path / "theirs.gguf", mix))
+
+
+def test_llama_cpp_opens_our_vision_encoder(reference: Path, tmp_path: Path) -> None:
+    """Every tensor and key that its `clip` asks for is there, under the sizes it expects."""
+    from llama_cpp import mtmd_cpp
+
+    tokenizer = reference / "checkpoints" / "stories260K" / "tok512.bin"
+    sizes = {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "vocab_size": 512}
+    folder = save(llama4(vision={"image_size": 336, "patch_size": 14}, **sizes), tmp_path / "hub")
+    made = convert(folder, tmp_path / "x.gguf", to="gguf", tokenizer=tokenizer)
+    model, params = llama(made.path, n_ctx=64), mtmd_cpp.mtmd_context_params_default()
+    params.use_gpu, params.n_threads = False, 1
+    context = mtmd_cpp.mtmd_init_from_file(str(tmp_path / "mmproj-x.gguf").encode(), model.model, params)
+    assert context
+    assert mtmd_cpp.mtmd_support_vision(context)
+    mtmd_cpp.mtmd_free(context)

@@ -29,7 +29,8 @@ from puna.kernels import ops
 from puna.kernels.layouts import PageTable, page_table
 from puna.models import decoder, llama1, llama2, llama3
 from puna.models.config import DecoderConfig, read_hub
-from puna.models.tree import DecoderWeights, KVCache, leaves, tree_map
+from puna.models.registry import definition
+from puna.models.tree import DecoderWeights, KVCache, Weights, leaves, tree_map
 from puna.weights import names
 
 Floats = npt.NDArray[np.float32]
@@ -45,15 +46,15 @@ row, while the mean over all models is 1.00, which `test_rounding_is_no_worse_th
 class Ours:
     """A model of Puna on one kind of array, fed with NumPy ids and tables: logits come back as NumPy."""
 
-    def __init__(self, config: DecoderConfig, weights: DecoderWeights) -> None:
-        self.config, self.weights = config, weights
+    def __init__(self, config: DecoderConfig, weights: Weights) -> None:
+        self.config, self.weights, self.model = config, weights, definition(config)
         self.torch = isinstance(weights.norm, torch.Tensor)
 
     def cache(self, pages: int) -> KVCache:
         def zeros(shape: tuple[int, ...]) -> Any:
             return torch.zeros(shape, dtype=self.weights.norm.dtype) if self.torch else np.zeros(shape, np.float32)
 
-        return decoder.make_cache(self.config, pages, PAGE, zeros)
+        return self.model.make_cache(self.config, pages, PAGE, zeros)
 
     @torch.no_grad()
     def __call__(self, tokens: Ints, table: PageTable | None = None, cache: KVCache | None = None) -> Floats:
@@ -62,7 +63,7 @@ class Ours:
         if self.torch:
             ids = torch.from_numpy(tokens)
             table = None if table is None else PageTable(*map(torch.from_numpy, table))
-        scores = decoder.logits(self.weights, decoder.forward(self.weights, self.config, ids, table, cache))
+        scores = self.model.logits(self.weights, self.model.forward(self.weights, self.config, ids, table, cache))
         result: Floats = scores.float().numpy() if self.torch else scores
         assert result.dtype == np.float32
         return result

@@ -34,8 +34,9 @@ class DecoderConfig:
     """The numbers of a dense Llama decoder; `models.decoder` computes with nothing else.
 
     `interleaved_rope` says how the stored q and k rows pair up (Meta's files True, the hub's False), so that neither
-    kind of file has to be permuted on load. `generation` names the page (`"llama3.2"`); it decides chat formats and
-    what is shown, never arithmetic.
+    kind of file has to be permuted on load. `chunk` is how many tokens the attention of most layers sees at the most (a
+    token sees those of its own chunk), 0 where every layer sees all; `global_layers` see all even so. `generation`
+    names the page (`"llama3.2"`); it decides chat formats and what is shown, never arithmetic.
     """
 
     generation: str
@@ -53,6 +54,21 @@ class DecoderConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     interleaved_rope: bool = False
+    chunk: int = 0
+    global_layers: tuple[int, ...] = ()
+
+    @property
+    def cached_layers(self) -> int:
+        """Layers with keys and values in the cache."""
+        return self.layers
+
+    @property
+    def local_layers(self) -> tuple[int, ...]:
+        """The layers that see one chunk only, whose cache holds no more; none where there is no other kind beside them:
+        a page of a sequence is then one of every layer, as in a dense model, and stays."""
+        if not self.chunk or not self.global_layers:
+            return ()
+        return tuple(i for i in range(self.layers) if i not in self.global_layers)
 
 
 @dataclass(frozen=True)
@@ -154,7 +170,22 @@ def read_hub(data: Mapping[str, Any], source: str = "config.json") -> ReadConfig
 
     Raises ConfigError naming the key for a missing, wrong or unimplemented value.
     """
+    if isinstance(data, Mapping) and data.get("model_type") in ("llama4", "llama4_text"):
+        from puna.models import llama4_config
+
+        return llama4_config.read_hub(data, source)
+    if isinstance(data, Mapping) and data.get("model_type") in ("mllama", "mllama_text_model"):
+        from puna.models import llama3_vision_config
+
+        return llama3_vision_config.read_hub(data, source)
     f = Fields(data, source)
+    if data.get("model_type") == "deberta-v2":
+        raise f.fault(
+            "model_type",
+            "is 'deberta-v2', the encoder that Prompt Guard is; Puna runs decoders",
+            remedy="A Llama Guard judges what is asked and answered (`puna serve --guard`); of attacks on the prompt "
+            "alone, which Prompt Guard looks for, none that Puna runs was trained to judge.",
+        )
     f.choice("model_type", ("llama",), "llama")
     if f.has("architectures") and data["architectures"] != ["LlamaForCausalLM"]:
         raise f.fault(
@@ -173,7 +204,7 @@ def read_hub(data: Mapping[str, Any], source: str = "config.json") -> ReadConfig
         raise f.fault("hidden_size", f"({dim}) is not a multiple of num_attention_heads ({heads})")
     head_dim = f.integer("head_dim", max(1, dim // heads))
     context = f.integer("max_position_embeddings", most=1 << 26)
-    rope = _read_hub_rope(f, head_dim)
+    rope = hub_rope(f, head_dim)
     vocab, layers = f.integer("vocab_size", most=1 << 24), f.integer("num_hidden_layers", most=4096)
     config = DecoderConfig(
         generation=generation_of(vocab, layers, context, rope),
@@ -192,6 +223,16 @@ def read_hub(data: Mapping[str, Any], source: str = "config.json") -> ReadConfig
         mlp_bias=f.boolean("mlp_bias", False),
     )
     check(config, source)
+    rest = hub_rest(f)
+    return ReadConfig(config, f.unread(), *rest)
+
+
+def hub_rest(f: Fields) -> tuple[int | None, tuple[int, ...], str | None]:
+    """The ids of BOS and EOS and the stored type, and the keys that change nothing.
+
+    Raises ConfigError for ids that are none.
+    """
+    data = f.data
     bos = f.integer("bos_token_id", least=0, most=1 << 24) if f.has("bos_token_id") else None
     eos = data.get("eos_token_id")
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
@@ -204,11 +245,11 @@ def read_hub(data: Mapping[str, Any], source: str = "config.json") -> ReadConfig
     )  # fmt: skip
     dtype = data.get("dtype", data.get("torch_dtype"))
     f.ignore("dtype", "torch_dtype")
-    return ReadConfig(config, f.unread(), bos, eos_ids, dtype if isinstance(dtype, str) else None)
+    return bos, eos_ids, dtype if isinstance(dtype, str) else None
 
 
-def _read_hub_rope(f: Fields, head_dim: int) -> Rope:
-    """Both spellings; where a file has both (transformers 5 writes only the new one) they must agree."""
+def hub_rope(f: Fields, head_dim: int, default_theta: float = llama1.ROPE_THETA) -> Rope:
+    """Rope in both spellings; where a file has both (transformers 5 writes only the new one) they must agree."""
     f.choice("partial_rotary_factor", (1, 1.0), 1.0)
     new = f.child("rope_parameters") if f.has("rope_parameters") else None
     old = f.child("rope_scaling") if f.has("rope_scaling") else None
@@ -217,13 +258,13 @@ def _read_hub_rope(f: Fields, head_dim: int) -> Rope:
         raise f.fault("rope_scaling", "differs from rope_parameters")
     inner = new or old
     if inner is not None:
-        inner_theta = inner.number("rope_theta", theta if theta is not None else llama1.ROPE_THETA)
+        inner_theta = inner.number("rope_theta", theta if theta is not None else default_theta)
         if theta is not None and theta != inner_theta:
             raise f.fault("rope_theta", f"is {theta} here and {inner_theta} in rope_parameters")
         theta = inner_theta
         inner.choice("partial_rotary_factor", (1, 1.0), 1.0)
     if theta is None:
-        theta = llama1.ROPE_THETA  # LlamaConfig's default: the Llama 1 and 2 files were written without the key
+        theta = default_theta  # LlamaConfig's default: the Llama 1 and 2 files were written without the key
     if inner is None:
         return Rope(head_dim, theta)
     for key in ("rope_type", "type"):
@@ -241,8 +282,8 @@ def _read_hub_rope(f: Fields, head_dim: int) -> Rope:
             high_freq_factor=inner.number("high_freq_factor"),
             original_context=inner.integer("original_max_position_embeddings", most=1 << 26),
         )
-        if scaling.high_freq_factor <= scaling.low_freq_factor:
-            raise inner.fault("high_freq_factor", "must be larger than low_freq_factor")
+        if scaling.high_freq_factor < scaling.low_freq_factor:
+            raise inner.fault("high_freq_factor", "must not be smaller than low_freq_factor")
         rope = Rope(head_dim, theta, llama3=scaling)
     inner.ignore("original_max_position_embeddings")
     if inner.unread():
@@ -255,6 +296,12 @@ def write_hub(config: DecoderConfig, *, dtype: str, bos_id: int | None, eos_ids:
 
     Raises ConfigError for what it cannot express (rope factors of a model's own).
     """
+    from puna.models import llama3_vision_config, llama4_config
+
+    if isinstance(config, llama4_config.Llama4Config):
+        return llama4_config.write_hub(config, dtype=dtype, bos_id=bos_id, eos_ids=eos_ids)
+    if isinstance(config, llama3_vision_config.MllamaConfig):
+        return llama3_vision_config.write_hub(config, dtype=dtype, bos_id=bos_id, eos_ids=eos_ids)
     if config.rope.factors is not None:
         raise ConfigError(
             "config.json has no word for this model's rope: each frequency is stretched by a factor of its own.",
@@ -288,6 +335,14 @@ def read_meta(data: Mapping[str, Any], source: str = "params.json", *, vocab_siz
     Raises ConfigError naming the key for a missing, wrong or unimplemented value.
     """
     f = Fields(data, source)
+    if any(map(f.has, ("model", "moe_args", "nope_layer_interval", "attention_chunk_size", "vision_args"))):
+        from puna.models import llama4_config
+
+        return llama4_config.read_meta(data, source, vocab_size=vocab_size)
+    if f.has("vision_chunk_size"):
+        from puna.models import llama3_vision_config
+
+        return llama3_vision_config.read_meta(data, source, vocab_size=vocab_size)
     dim, heads = f.integer("dim"), f.integer("n_heads")
     said_vocab = f.integer("vocab_size", -1, least=-1, most=1 << 24)
     vocab = said_vocab if said_vocab > 0 else vocab_size
@@ -369,6 +424,12 @@ def write_meta(config: DecoderConfig) -> dict[str, Any]:
     only for a model that differs there. Raises ConfigError for what the layout cannot express (biases, linear rope
     scaling).
     """
+    from puna.models import llama3_vision_config, llama4_config
+
+    if isinstance(config, llama4_config.Llama4Config):
+        return llama4_config.write_meta(config)
+    if isinstance(config, llama3_vision_config.MllamaConfig):
+        return llama3_vision_config.write_meta(config)
     if config.attention_bias or config.mlp_bias:
         raise ConfigError("Meta's layout has no biases, and this model has some.", remedy="Convert to safetensors.")
     if config.rope.linear_factor != 1.0:

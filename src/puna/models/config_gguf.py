@@ -1,4 +1,4 @@
-"""The strict reader of a GGUF file's metadata: `llama.*` keys to a `DecoderConfig`.
+"""The strict reader of a GGUF file's metadata: `llama.*` keys to a `DecoderConfig` (`llama4.*`: see `llama4_config`).
 
 What it is: the third spelling beside those in `config`; the keys are those of ggml's docs/gguf.md and of llama.cpp's
 `llama-arch.cpp`.
@@ -22,7 +22,7 @@ from puna.models import llama1, llama3
 from puna.models.config import ANOTHER, DecoderConfig, Fields, ReadConfig, check, generation_of
 from puna.models.rope import Llama3Scaling, Rope
 
-ARCHITECTURES = ("llama",)
+ARCHITECTURES = ("llama", "llama4")
 
 # What would change the arithmetic, and the one value with which it does not. llama.cpp reads these for a llama.
 _NEUTRAL: dict[str, Any] = {
@@ -55,27 +55,21 @@ def read_gguf(
     architecture = data.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ConfigError(
-            f"{source}: 'general.architecture' is {architecture!r:.80}; Puna runs llama from a GGUF.", remedy=ANOTHER
+            f"{source}: 'general.architecture' is {architecture!r:.80}; Puna runs {' and '.join(ARCHITECTURES)} from a "
+            "GGUF.",
+            remedy=ANOTHER,
         )
-    f = Fields({key: data[key] for key in data if key.startswith("llama.")}, source)
-    for key, neutral in _NEUTRAL.items():
-        if not f.has(f"llama.{key}"):
-            continue
-        value = f.data[f"llama.{key}"]
-        if not isinstance(value, int | float) or value != neutral:  # an array is neither, and has no one answer to !=
-            what = "is a mixture of experts" if key == "expert_count" else "asks for something Puna does not implement"
-            raise f.fault(f"llama.{key}", f"({value!r:.80}) {what}", remedy=ANOTHER)
-    dim, heads = f.integer("llama.embedding_length"), f.integer("llama.attention.head_count")
-    if not f.has("llama.attention.key_length") and dim % heads:
-        raise f.fault("llama.embedding_length", f"({dim}) is not a multiple of llama.attention.head_count ({heads})")
-    head_dim = f.integer("llama.attention.key_length", max(1, dim // heads))
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if (said := f.integer(f"llama.{key}", head_dim)) != head_dim:
-            raise f.fault(f"llama.{key}", f"is {said}, and each head has {head_dim} numbers", remedy=ANOTHER)
-    if (said := f.integer("llama.vocab_size", vocab_size, most=1 << 24)) != vocab_size:
-        raise f.fault("llama.vocab_size", f"is {said}, and the embedding has {vocab_size} rows")
+    f = Fields({key: data[key] for key in data if key.startswith(f"{architecture}.")}, source)
+    if architecture == "llama4":
+        from puna.models import llama4_config
+
+        return llama4_config.read_gguf(
+            f, vocab_size, tied_head=tied_head, attention_bias=attention_bias, mlp_bias=mlp_bias, factors=rope_factors
+        )
+    refuse(f, "llama", _NEUTRAL)
+    dim, heads, head_dim = heads_of(f, "llama", vocab_size)
     context, layers = f.integer("llama.context_length", most=1 << 26), f.integer("llama.block_count", most=4096)
-    rope = _rope(f, head_dim, rope_factors)
+    rope = rope_of(f, "llama", head_dim, rope_factors)
     config = DecoderConfig(
         generation=generation_of(vocab_size, layers, context, rope),
         vocab_size=vocab_size,
@@ -98,15 +92,41 @@ def read_gguf(
     return ReadConfig(config, f.unread())
 
 
-def _rope(f: Fields, head_dim: int, factors: F32 | None) -> Rope:
-    theta = f.number("llama.rope.freq_base", llama1.ROPE_THETA)
-    kind = f.choice("llama.rope.scaling.type", ("none", "linear"), "linear")
-    f.ignore("llama.rope.scaling.original_context_length", "llama.rope.scaling.finetuned")
+def refuse(f: Fields, name: str, neutral: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a key of the architecture `name` has another value than the one that changes nothing."""
+    for key, allowed in neutral.items():
+        if not f.has(f"{name}.{key}"):
+            continue
+        value = f.data[f"{name}.{key}"]
+        if not isinstance(value, int | float) or value != allowed:  # an array is neither, and has no one answer to !=
+            what = "is a mixture of experts" if key == "expert_count" else "asks for something Puna does not implement"
+            raise f.fault(f"{name}.{key}", f"({value!r:.80}) {what}", remedy=ANOTHER)
+
+
+def heads_of(f: Fields, name: str, vocab_size: int) -> tuple[int, int, int]:
+    """dim, heads and head_dim. Raises ConfigError where keys contradict each other, or the embedding's rows."""
+    dim, heads = f.integer(f"{name}.embedding_length"), f.integer(f"{name}.attention.head_count")
+    if not f.has(f"{name}.attention.key_length") and dim % heads:
+        raise f.fault(f"{name}.embedding_length", f"({dim}) is not a multiple of {name}.attention.head_count ({heads})")
+    head_dim = f.integer(f"{name}.attention.key_length", max(1, dim // heads))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (said := f.integer(f"{name}.{key}", head_dim)) != head_dim:
+            raise f.fault(f"{name}.{key}", f"is {said}, and each head has {head_dim} numbers", remedy=ANOTHER)
+    if (said := f.integer(f"{name}.vocab_size", vocab_size, most=1 << 24)) != vocab_size:
+        raise f.fault(f"{name}.vocab_size", f"is {said}, and the embedding has {vocab_size} rows")
+    return dim, heads, head_dim
+
+
+def rope_of(f: Fields, name: str, head_dim: int, factors: F32 | None) -> Rope:
+    """Rope of the keys and of `rope_freqs.weight`. Raises ConfigError for what is not implemented."""
+    theta = f.number(f"{name}.rope.freq_base", llama1.ROPE_THETA)
+    kind = f.choice(f"{name}.rope.scaling.type", ("none", "linear"), "linear")
+    f.ignore(f"{name}.rope.scaling.original_context_length", f"{name}.rope.scaling.finetuned")
     # The factor's older name, `rope.scale_linear`, is still in files of 2023.
-    old, new = (f.number(f"llama.rope.{key}", 1.0) for key in ("scale_linear", "scaling.factor"))
-    if f.has("llama.rope.scale_linear") and f.has("llama.rope.scaling.factor") and old != new:
-        raise f.fault("llama.rope.scale_linear", f"is {old}, and 'llama.rope.scaling.factor' is {new}")
-    linear = old if f.has("llama.rope.scale_linear") else new
+    old, new = (f.number(f"{name}.rope.{key}", 1.0) for key in ("scale_linear", "scaling.factor"))
+    if f.has(f"{name}.rope.scale_linear") and f.has(f"{name}.rope.scaling.factor") and old != new:
+        raise f.fault(f"{name}.rope.scale_linear", f"is {old}, and '{name}.rope.scaling.factor' is {new}")
+    linear = old if f.has(f"{name}.rope.scale_linear") else new
     rope = Rope(head_dim, theta, linear_factor=1.0 if kind == "none" else linear)
     if factors is None:
         return rope
@@ -117,7 +137,7 @@ def _rope(f: Fields, head_dim: int, factors: F32 | None) -> Rope:
         )
     if np.all(factors == 1):
         return rope
-    for rule in (llama3.SCALING_3_1, llama3.SCALING_3_2):
+    for rule in (llama3.SCALING_3_1, llama3.SCALING_3_2, llama3.SCALING_4):
         if rope.linear_factor == 1.0 and _is_rule(rope, rule, factors):
             return Rope(head_dim, theta, llama3=rule)
     return Rope(head_dim, theta, linear_factor=rope.linear_factor, factors=tuple(factors.tolist()))

@@ -11,13 +11,13 @@ Shapes: N tokens of B sequences, T tokens of a stretch, V vocabulary, H heads, G
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from puna.kernels import ops
 from puna.kernels.layouts import PageTable, is_packed
 from puna.models.config import DecoderConfig
-from puna.models.tree import DecoderWeights, KVCache, Layer, Linear
+from puna.models.tree import DecoderWeights, KVCache, Layer, Linear, Placed, Weights
 
 Array = Any
 
@@ -28,15 +28,18 @@ def forward(
     tokens: Array,
     table: PageTable | None = None,
     cache: KVCache | None = None,
+    placed: Sequence[Placed] = (),
 ) -> Array:
     """Hidden states after the last norm, [N, dim], for ids [N] that stand where `table` says (all int32).
 
     The new keys and values are written to the cache, and attention reads it. Without a table and a cache, tokens [B, T]
     are whole stretches from position 0, and the result is [B, T, dim]: training, or scoring a text. Raises ValueError
-    for one of them without the other.
+    for one of them without the other, and for pictures, which this model does not see.
     """
     if (table is None) != (cache is None):
         raise ValueError("a table and a cache belong together")
+    if placed:
+        raise ValueError("this model sees no pictures")
     x = ops.embedding(weights.embedding, tokens)
     positions = ops.positions(tokens) if table is None else table.positions
     cos, sin = ops.rope_table(positions, weights.inv_freq)
@@ -77,7 +80,7 @@ def feed_forward(layer: Layer, x: Array) -> Array:
     return linear(ops.swiglu(linear(x, layer.gate), linear(x, layer.up)), layer.down)
 
 
-def logits(weights: DecoderWeights, hidden: Array) -> Array:
+def logits(weights: Weights, hidden: Array) -> Array:
     """Scores over the vocabulary for hidden states of `forward`: [*, dim] → [*, V]."""
     return ops.linear(hidden, weights.embedding if weights.head is None else weights.head)
 
@@ -147,7 +150,18 @@ def build(config: DecoderConfig, parameter: Callable[[str], Array]) -> DecoderWe
     return DecoderWeights(fetched["embedding"], layers, fetched["norm"], fetched.get("head"), config.rope.inv_freq())
 
 
-def make_cache(config: DecoderConfig, pages: int, page: int, zeros: Callable[[tuple[int, ...]], Array]) -> KVCache:
-    """An empty cache of `pages` pages of `page` positions each; `zeros(shape)` says where and of what type."""
-    shape = (pages, page, config.kv_heads, config.head_dim)
-    return KVCache(tuple(zeros(shape) for _ in range(config.layers)), tuple(zeros(shape) for _ in range(config.layers)))
+def make_cache(
+    config: DecoderConfig,
+    pages: int,
+    page: int,
+    zeros: Callable[[tuple[int, ...]], Array],
+    local: int | None = None,
+) -> KVCache:
+    """An empty cache of `pages` pages of `page` positions each; `zeros(shape)` says where and of what type.
+
+    Layers that see one chunk only have `local` pages, where the table has pages of their own for them.
+    """
+    own = config.local_layers
+    counts = [pages if local is None or i not in own else local for i in range(config.layers)]
+    shapes = [(count, page, config.kv_heads, config.head_dim) for count in counts]
+    return KVCache(tuple(map(zeros, shapes)), tuple(map(zeros, shapes)))

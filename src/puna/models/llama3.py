@@ -18,5 +18,8 @@ CONTEXT_3_1 = 131072
 SCALING_3_1 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
 SCALING_3_2 = Llama3Scaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
 
+SCALING_4 = Llama3Scaling(factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0, original_context=8192)
+"""Llama 4 Scout's, by the same rule; it has no ramp."""
+
 NARROWEST_3_1 = 4096
 """`dim` of the smallest 3.1 (8B): scaled-rope models narrower than this are 3.2's 1B and 3B."""

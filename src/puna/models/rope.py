@@ -20,7 +20,8 @@ from puna.kernels.layouts import F32
 class Llama3Scaling:
     """Llama 3.1's stretching of rope: long wavelengths by `factor`, short ones not, those between by a ramp.
 
-    `original_context` is the context length, in tokens, before stretching.
+    Where the two other factors are one number (Llama 4 Scout) there is nothing between. `original_context` is the
+    context length, in tokens, before stretching.
     """
 
     factor: float
@@ -55,9 +56,11 @@ class Rope:
         if (s := self.llama3) is not None:
             # torch divides a number by a tensor as the tensor's reciprocal times the number: two roundings.
             wavelength = (1 / freq) * np.float32(2 * np.pi)
-            turns = (1 / wavelength) * s.original_context
-            ramp = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-            kept = np.clip(ramp, 0, 1)
+            if s.high_freq_factor == s.low_freq_factor:  # Llama 4 Scout: a step, and no ramp
+                kept = (wavelength <= s.original_context / s.low_freq_factor).astype(np.float32)
+            else:
+                turns = (1 / wavelength) * s.original_context
+                kept = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
             freq = (1 - kept) * freq / s.factor + kept * freq
         if self.factors is not None:
             freq = freq / np.array(self.factors, np.float32)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
+from puna.kernels.layouts import Pixels as Pixels  # `text.pictures` makes them, and may import no model
+
 Leaf = Any
 Node = TypeVar("Node")
 
@@ -40,6 +42,34 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
+class Gated:
+    """A gated feed-forward of its own: gate and up [hidden, dim], down [dim, hidden]."""
+
+    gate: Linear
+    up: Linear
+    down: Linear
+
+    def matrices(self) -> tuple[Leaf, Leaf, Leaf]:
+        """gate, up, down, as `ops.experts` takes them."""
+        return self.gate.weight, self.up.weight, self.down.weight
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLayer:
+    """A block whose feed-forward is a mixture: a router [E, dim], E experts, and one that every token passes."""
+
+    attention_norm: Leaf
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    mlp_norm: Leaf
+    router: Linear
+    experts: tuple[Gated, ...]
+    shared: Gated
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderWeights:
     """A dense decoder: embedding [V, dim], its layers, the last norm [dim], and the head [V, dim] unless it is tied.
 
@@ -54,11 +84,77 @@ class DecoderWeights:
     inv_freq: Leaf
 
 
+@dataclass(frozen=True, slots=True)
+class Llama4Weights:
+    """Llama 4: as `DecoderWeights`, some or all layers mixtures; and the vision encoder and its projector, if any."""
+
+    embedding: Leaf
+    layers: tuple[Layer | ExpertLayer, ...]
+    norm: Leaf
+    head: Leaf | None
+    inv_freq: Leaf
+    vision: Any = None
+    projector: Linear | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CrossLayer:
+    """A block that looks at pictures: q from the text, k and v from the picture; both halves are gated [1]."""
+
+    attention_norm: Leaf
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    q_norm: Leaf
+    k_norm: Leaf
+    attention_gate: Leaf
+    mlp_norm: Leaf
+    gate: Linear
+    up: Linear
+    down: Linear
+    mlp_gate: Leaf
+
+
+@dataclass(frozen=True, slots=True)
+class MllamaWeights:
+    """Llama 3.2 Vision: as `DecoderWeights`, some layers cross layers, the embedding with rows past the vocabulary; and
+    the vision encoder and its projector, if any."""
+
+    embedding: Leaf
+    layers: tuple[Layer | CrossLayer, ...]
+    norm: Leaf
+    head: Leaf
+    inv_freq: Leaf
+    vision: Any = None
+    projector: Linear | None = None
+
+
+Weights = DecoderWeights | Llama4Weights | MllamaWeights
+"""The tree of any model; `registry.definition(config)` says what computes with it."""
+
+
+class Placed(NamedTuple):
+    """A picture's place in a step: what `see` gave for it stands in a sequence from a position on.
+
+    `sequence` is the row of the batch's table (or of tokens [B, T]), `at` the position of the picture's first token in
+    that sequence, which may lie before or after the tokens of this step.
+    """
+
+    sequence: int
+    at: int
+    sight: Any
+
+
 class KVCache(NamedTuple):
     """Keys and values so far: one array [pages, page, G, D] a layer. A `layouts.PageTable` says whose they are."""
 
     keys: tuple[Any, ...]
     values: tuple[Any, ...]
+
+
+TABLES = ("inv_freq", "vision.rope_cos", "vision.rope_sin")
+"""Leaves that are no parameters: settled when the model is built, float32 whatever the weights' type."""
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
