@@ -50,6 +50,14 @@ class ChatFormatError(UserError):
     """A chat template that fails or exceeds its limits, or messages it cannot express."""
 
 
+class PictureError(UserError):
+    """Data that is no picture, or one that is too large, damaged or of a kind that is not taken."""
+
+
+class VerdictError(PunaError):
+    """A guard model that gave no verdict: what it was to judge is not known to be safe."""
+
+
 class ContextError(UserError):
     """A prompt (with the answer asked for) longer than the model's context. Nothing is ever cut to fit."""
 
@@ -83,6 +91,10 @@ class UnknownModelError(UserError):
 
 class NoRoomError(PunaError):
     """A model that does not fit the memory beside what must stay; the message has the arithmetic."""
+
+
+class CatalogError(UserError):
+    """A person's own file of prices that is not as it must be, or a name that the catalog does not know."""
 
 
 class HubError(UserError):

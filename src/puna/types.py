@@ -12,14 +12,15 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Literal, Protocol, TypedDict, get_args, runtime_checkable
 
 from puna.errors import ChatFormatError, UsageError
 
-FinishReason = Literal["stop", "length", "context", "cancelled", "deadline"]
+FinishReason = Literal["stop", "length", "context", "cancelled", "deadline", "filtered"]
 """Why an answer ended: the model said stop (or a stop string came), max_tokens were made, the model's context is full,
-the caller asked for an end, or the time that it gave was over."""
+the caller asked for an end, the time that it gave was over, or a guard kept the answer back."""
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 """What `--dtype` takes: the weights as stored, or converted on load."""
@@ -337,16 +338,39 @@ class ToolCall:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A picture as it came: the bytes of a PNG, JPEG, WebP or GIF file. Whether they are one is found out where it is
+    read (`puna.text.pictures`); raises ChatFormatError for what cannot be one."""
+
+    data: bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.data, bytes) or not self.data:
+            what = "no bytes at all" if self.data == b"" else f"a {type(self.data).__name__}"
+            raise ChatFormatError(f"A picture is {what}.", remedy="A picture is the bytes of an image file.")
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of the bytes: what tells it from others."""
+        import hashlib  # loads OpenSSL, which takes longer than this whole file
+
+        return hashlib.sha256(self.data).digest()
+
+
+@dataclass(frozen=True)
 class Message:
     """One message. role is one of `ROLES`; raises ChatFormatError for any other.
 
     An assistant's message may hold calls beside its text or in its place; a tool's answers the call `tool_call_id`.
+    `pictures` stand in its text: (how many characters of it stand before, the picture), in order. Raises
+    ChatFormatError for one that stands elsewhere.
     """
 
     role: str
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
+    pictures: tuple[tuple[int, Picture], ...] = ()
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -355,7 +379,56 @@ class Message:
             raise ChatFormatError(
                 f"The content of a message is a {type(self.content).__name__}.", remedy="Content is text."
             )
+        least = 0
+        for entry in self.pictures if isinstance(self.pictures, tuple) else (self.pictures,):
+            fits = isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], Picture)
+            fits = fits and isinstance(entry[0], int) and least <= entry[0] <= len(self.content)
+            if not fits:
+                raise ChatFormatError(
+                    f"The pictures of a message of {len(self.content)} characters hold {entry!r:.80}.",
+                    remedy="Each is (characters of the text before it, Picture), and none stands before the last one.",
+                )
+            least = entry[0]
 
+    @property
+    def marked(self) -> str:
+        """The text with `[picture]` where one stands, for logs."""
+        at, parts = 0, list[str]()
+        for offset, _ in self.pictures:
+            parts += (self.content[at:offset], "[picture]")
+            at = offset
+        return "".join((*parts, self.content[at:]))
+
+
+@dataclass(frozen=True)
+class Infill:
+    """A gap to be filled: what stands before it and after it. `suffix_first`: the model reads what stands after first,
+    another order that it was trained on."""
+
+    prefix: str
+    suffix: str
+    suffix_first: bool = False
+
+
+@dataclass(frozen=True)
+class Category:
+    """A kind of content that a guard model calls unsafe: its code ("S1"), its name, and what belongs to it."""
+
+    code: str
+    name: str
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A conversation whose last message a guard model judges, by these categories; none: those it was trained on."""
+
+    messages: tuple[Message, ...]
+    categories: tuple[Category, ...] = ()
+
+
+Prompt = str | tuple[Message, ...] | tuple[int, ...] | Infill | Judge
+"""A text, a conversation, token ids taken as they are, a gap to be filled, or what a guard is to judge."""
 
 ToolChoice = Literal["auto", "none", "required"]
 """Whether a model may, must not or must call a tool."""
@@ -365,7 +438,7 @@ ToolChoice = Literal["auto", "none", "required"]
 class Request:
     """What a caller asks of a `Backend`.
 
-    `prompt` is a text, a conversation, or token ids taken as they are; `raw` applies no chat format to a text.
+    `prompt` is one of `Prompt`'s kinds; `raw` applies no chat format to a text.
     `namespace` says whose it is: prompts are remembered for later requests of the same namespace only. A larger
     `priority` goes first; after `timeout` seconds the answer ends with what is there, finish reason "deadline".
     `grammar` is the form that every answer must have; `adapter` the name of a LoRA adapter that was loaded.
@@ -374,7 +447,7 @@ class Request:
     Raises UsageError for a timeout that is no such number, and for tools that contradict each other.
     """
 
-    prompt: str | tuple[Message, ...] | tuple[int, ...]
+    prompt: Prompt
     sampling: Sampling = field(default_factory=Sampling)
     raw: bool = False
     grammar: Grammar | None = None
@@ -444,6 +517,8 @@ class Event:
     tool_calls: tuple[ToolCallPiece, ...] = ()
     stopped_by: str = ""
     """In the last event of a choice: the stop string that ended it, "" where none did."""
+    refusal: str = ""
+    """In the last event of a choice that a guard kept back: why, for the client to read."""
 
 
 @dataclass(frozen=True)
@@ -453,7 +528,8 @@ class ModelCard:
     `name` is what a request names; `format` is "gguf" or "safetensors" and the like; `quantization` is most weights'
     type ("Q4_K_M", "BF16"); `nbytes` its files', `modified` their time (seconds since 1970), `digest` tells two models
     apart (hexadecimal SHA-256). `chat`: it has a chat format; `tools`: that format can tell it about tools; `sees`:
-    it takes images; `infills`: it was trained to fill in the middle. `template` is its chat template in Jinja,
+    it takes images; `infills`: it was trained to fill in the middle; `guards`: the version of Llama Guard that it is
+    (`puna.text.guard`), "" for none. `template` is its chat template in Jinja,
     `bos_token` and `eos_token` are the texts of the tokens that begin and end a text.
     """
 
@@ -472,6 +548,7 @@ class ModelCard:
     tools: bool = False
     sees: bool = False
     infills: bool = False
+    guards: str = ""
     template: str | None = None
     bos_token: str = ""
     eos_token: str = ""
@@ -488,8 +565,9 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Activity:
-    """What a backend is doing. Of now: `running` and `waiting` answers, the pages of its cache. Since it was made:
-    steps, tokens, preemptions, evictions, and the seconds that went into scheduling, computing and sampling."""
+    """What a backend is doing. Of now: `running` and `waiting` answers, the pages of its cache, and those of layers
+    that see one chunk only (`local_`). Since it was made: steps, tokens, preemptions, evictions, and the seconds that
+    went into scheduling, computing and sampling."""
 
     running: int = 0
     waiting: int = 0
@@ -512,10 +590,11 @@ class Activity:
     sample_seconds: float = 0.0
     kernels: str = ""
     kv_type: str = ""
-
-
-Prompt = str | tuple[Message, ...] | tuple[int, ...]
-"""A text, a conversation, or token ids taken as they are."""
+    local_pages_total: int = 0
+    local_pages_used: int = 0
+    local_pages_cached: int = 0
+    local_pages_free: int = 0
+    local_page_bytes: int = 0
 
 
 class Backend(Protocol):

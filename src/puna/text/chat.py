@@ -11,6 +11,8 @@ What is surprising:
   described by, what they gave and what they were called with are marked as messages are.
   An honest conversation's ids are exactly those of tokenizing the rendered string.
 - Whether a template can tell about tools, and in which form its model calls them, is found out by rendering a call.
+- A picture's place in a rendering is `<|image|>`, the template's own; the same characters in a message are text. What
+  ids stand there is the model's affair (`puna.text.sight`). Only messages with pictures are told in parts, as lists.
 - A format that has room for one call a message gets several as if they had been made one after the other, each with
   what came of it behind it; one that drops the text beside a call gets it as a message of its own before the call.
 """
@@ -20,17 +22,20 @@ from __future__ import annotations
 import functools
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from puna.errors import ChatFormatError
+from puna.text.sight import PICTURE, Sight, Stand, stand
 from puna.text.tokenizer import Tokenizer, check_text
 from puna.text.tools import CallForm, CallKind, check_name, json_object, json_text, python_call
-from puna.types import Message, Tool, ToolCall
+from puna.types import Message, Picture, Tool, ToolCall
 
 if TYPE_CHECKING:
+    from puna.kernels.layouts import Pixels
     from puna.text.template import ChatTemplate
 
 Segments = Callable[[Sequence[Message], bool, datetime, Sequence[Tool]], list[str]]
@@ -53,14 +58,17 @@ class ChatFormat:
         template: str | None = None,
         now: Callable[[], datetime] = datetime.now,
         call_form: CallForm | Callable[[], CallForm | None] | None = None,
+        sight: Sight | None = None,
     ) -> None:
-        """`call_form`: how its model calls tools, or what finds that out; None where it knows of no tools."""
+        """`call_form`: how its model calls tools, or what finds that out; None where it knows of no tools. `sight`: how
+        a picture stands in its prompts; None where its model does not see."""
         self.name = name
         self.template = template
         self.special = tuple(special)
         self._segments = segments
         self._now = now
         self._call_form = call_form
+        self._sight = sight
 
     @classmethod
     def from_template(
@@ -71,8 +79,10 @@ class ChatFormat:
         bos_token: str = "",
         eos_token: str = "",
         now: Callable[[], datetime] = datetime.now,
+        sight: Sight | None = None,
     ) -> ChatFormat:
-        """The format of a Jinja template. origin names its file in errors; now is what strftime_now tells it.
+        """The format of a Jinja template. origin names its file in errors; now is what strftime_now tells it; sight as
+        in `ChatFormat`.
 
         The template is compiled when it is first used, so a model whose template is broken can still continue text;
         then `render` and `encode` raise ChatFormatError.
@@ -84,11 +94,16 @@ class ChatFormat:
 
             return ChatTemplate(source, origin=origin)
 
-        def segments(
-            messages: Sequence[Message], add_generation_prompt: bool, date: datetime, tools: Sequence[Tool]
+        def rendered(
+            messages: Sequence[Message], add_generation_prompt: bool, date: datetime, tools: Sequence[Tool], long: int
         ) -> list[str]:
+            """What user and assistant say in `long` characters and more is told in parts."""
+
+            def in_parts(message: Message) -> bool:
+                return len(message.content) >= long and message.role in ("user", "assistant") and not message.tool_calls
+
             variables = {
-                "messages": [_as_mapping(m) for m in messages],
+                "messages": [_as_mapping(message, in_parts=in_parts(message)) for message in messages],
                 # transformers passes these two, so templates may test them without `is defined`
                 "tools": [_as_schema(tool) for tool in tools] or None,
                 "documents": None,
@@ -98,8 +113,26 @@ class ChatFormat:
             }
             return [template().render(variables, input_chars=sum(map(len, _texts(messages, tools))), now=date)]
 
+        @functools.cache
+        def same_in_parts() -> bool:
+            talk = [Message("user", " a \n"), Message("assistant", "\n b "), Message("user", "c")]
+            try:
+                return rendered(talk, True, datetime.min, (), 0) == rendered(talk, True, datetime.min, (), sys.maxsize)
+            except ChatFormatError:
+                return False
+
+        def segments(
+            messages: Sequence[Message], add_generation_prompt: bool, date: datetime, tools: Sequence[Tool]
+        ) -> list[str]:
+            # Llama 3.2 Vision's looks for pictures in a text letter by letter, as if it were a list of parts: a long
+            # one would take more steps than a template has. In a list of one part it is one step.
+            long = sys.maxsize
+            if sight is not None and not tools and any(len(m.content) >= _LONG for m in messages) and same_in_parts():
+                long = _LONG
+            return rendered(messages, add_generation_prompt, date, tools, long)
+
         find = functools.partial(_probed, source, segments)
-        return cls(f"chat template of {origin}", segments, template=source, now=now, call_form=find)
+        return cls(f"chat template of {origin}", segments, template=source, now=now, call_form=find, sight=sight)
 
     @functools.cached_property
     def call_form(self) -> CallForm | None:
@@ -110,6 +143,11 @@ class ChatFormat:
     def tells_tools(self) -> bool:
         """Whether it can tell a model about tools."""
         return self.call_form is not None
+
+    @property
+    def sees(self) -> bool:
+        """Whether messages may hold pictures."""
+        return self._sight is not None
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, tools: Sequence[Tool] = ()
@@ -134,8 +172,42 @@ class ChatFormat:
 
         Raises ChatFormatError as `render` does, and where the tokenizer lacks a special token of this format or the
         template so mixes messages into its own text that they cannot be told apart; TokenizerError as `encode` does.
+        Pictures are refused here: what ids they take depends on their size, and `encode_pictures` is told that.
         """
-        missing = [name for name in self.special if name not in tokenizer.special]
+        ids, _ = self.encode_pictures(messages, tokenizer, (), add_generation_prompt=add_generation_prompt, tools=tools)
+        return ids
+
+    def encode_pictures(
+        self,
+        messages: Sequence[Message],
+        tokenizer: Tokenizer,
+        pixels: Sequence[Pixels],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Tool] = (),
+    ) -> tuple[list[int], tuple[Stand, ...]]:
+        """The conversation as ids, and where its pictures stand among them.
+
+        `pixels` are all messages' pictures in their order, as the model's `text.pictures.Processor` made them ready.
+        Raises what `encode` does, and ChatFormatError where the format has no place for a picture, or not there.
+        """
+        shown = sum(len(message.pictures) for message in messages)
+        if shown != len(pixels):
+            raise ChatFormatError(
+                f"The messages hold {shown} pictures, and {len(pixels)} were made ready.",
+                remedy="Make each ready with the model's processor first.",
+            )
+        ids = self._encode(messages, tokenizer, add_generation_prompt, tools)
+        if self._sight is None:
+            return [each for each in ids if each is not None], ()
+        return stand(ids, self._sight, pixels, tokenizer.special)
+
+    def _encode(
+        self, messages: Sequence[Message], tokenizer: Tokenizer, add_generation_prompt: bool, tools: Sequence[Tool]
+    ) -> list[int | None]:
+        """The ids, None in the place of a picture."""
+        needed = (*self.special, *(self._sight.needs if self._sight is not None else ()))
+        missing = [name for name in needed if name not in tokenizer.special]
         if missing:
             raise ChatFormatError(
                 f"The {self.name} needs the special tokens {', '.join(missing)}, and {tokenizer.source} has none such.",
@@ -146,24 +218,45 @@ class ChatFormat:
         messages = self._fitted(messages)
         plain = self._segments(messages, add_generation_prompt, date, tools)
         marked, mark = self._render_marked(messages, tools, add_generation_prompt, date, plain, tokenizer)
-        ids: list[int] = []
+        ids: list[int | None] = []
         for text, with_marks in zip(plain, marked, strict=True):
-            parts = tokenizer.split_special(with_marks)
-            if _specials(parts) == _specials(tokenizer.split_special(text)):
-                ids.extend(tokenizer.encode(text, allow_special=True))
-                continue
-            # A message spells a special token: what lies between the template's own is tokenized as plain text, apart.
-            # (A tokenizer.json that puts a space before the first part of a text only, puts one before each of these.)
+            parts, own = self._split(with_marks, tokenizer), self._split(text, tokenizer)
+            # Where a message spells a special token, what lies between the template's own is tokenized as plain text,
+            # apart. (A tokenizer.json that puts a space before the first part of a text only, puts one before each.)
+            if _specials(parts) == _specials(own):
+                if None not in own:
+                    ids.extend(tokenizer.encode(text, allow_special=True))
+                    continue
+                parts = own
             for part in parts:
-                ids.extend([part] if isinstance(part, int) else tokenizer.encode(part.replace(mark, "")))
+                ids.extend(tokenizer.encode(part.replace(mark, "")) if isinstance(part, str) else [part])
         if tokenizer.adds_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
             ids.insert(0, tokenizer.bos_id)
         return ids
+
+    def _split(self, text: str, tokenizer: Tokenizer) -> list[str | int | None]:
+        """A text cut at the names of special tokens, which become ids, and at the places of pictures: None."""
+        if self._sight is None:
+            return [*tokenizer.split_special(text)]
+        parts: list[str | int | None] = []
+        for n, part in enumerate(text.split(PICTURE)):
+            parts += [None] if n else []
+            parts += tokenizer.split_special(part)
+        return parts
 
     def _checked(self, messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[Sequence[Message], Sequence[Tool]]:
         """The conversation with all JSON written in one way. Raises ChatFormatError, TokenizerError."""
         if not messages:
             raise ChatFormatError("The conversation is empty.", remedy="Give at least one message.")
+        if not self.sees and any(message.pictures for message in messages):
+            raise ChatFormatError(
+                f"The {self.name} has no place for pictures.",
+                remedy="Leave the pictures out, or use a model that sees, such as Llama 3.2 Vision or Llama 4.",
+            )
+        if misplaced := next((m for m in messages if m.pictures and m.role != "user"), None):
+            raise ChatFormatError(
+                f"A message of the role {misplaced.role!r} holds a picture.", remedy="Pictures stand in the user's."
+            )
         if (tools or any(m.tool_calls or m.role == "tool" for m in messages)) and not self.tells_tools:
             raise ChatFormatError(
                 f"The {self.name} has no place for tools, or its model calls them in a form that is not known here.",
@@ -217,8 +310,9 @@ class ChatFormat:
         # Nobody can have put the mark into a text: it is chosen for not being there. (A text that holds all gets
         # the last, and the check below refuses it.) A letter, so that it survives where a template prints a list.
         mark = next((c for c in _MARKS if c not in present), _MARKS[-1])
-        starts = "|".join({re.escape(name[0]) for name in tokenizer.special if name}) or r"(?!)"
-        names = "|".join(re.escape(n) for n in sorted(tokenizer.special, key=len, reverse=True) if n) or r"(?!)"
+        special = {name for name in tokenizer.special if name} | ({PICTURE} if self.sees else set())
+        starts = "|".join({re.escape(name[0]) for name in special}) or r"(?!)"
+        names = "|".join(re.escape(name) for name in sorted(special, key=len, reverse=True)) or r"(?!)"
 
         def every_start(text: str) -> str:
             text = re.sub(starts, lambda found: found[0] + mark, text)
@@ -231,7 +325,7 @@ class ChatFormat:
         def whole_names(text: str) -> str:
             return re.sub(names, lambda found: found[0][:1] + mark + found[0][1:], text)
 
-        own: list[int] | None = None
+        own: list[int | None] | None = None
         for marking, inside in ((every_start, every_start), (every_start, but_words), (whole_names, whole_names)):
             try:
                 marked = self._segments(
@@ -244,7 +338,7 @@ class ChatFormat:
                 if inside is whole_names:
                     raise
                 continue  # the template looks for words that are not as it knows them
-            specials = [i for text in marked for i in _specials(tokenizer.split_special(text))]
+            specials = [i for text in marked for i in _specials(self._split(text, tokenizer))]
             own = specials if own is None else own
             if [text.replace(mark, "") for text in marked] == plain and specials == own:
                 return marked, mark
@@ -255,15 +349,22 @@ class ChatFormat:
         )
 
 
+_LONG = 4096
+"""Characters from which on a text is told in parts where its template allows it."""
+
 _MARKS = "".join(map(chr, range(0x2_0000, 0x2_A6D7)))
 """42,711 rare letters, the CJK Unified Ideographs Extension B of Unicode 3.1."""
 
 _WORD = re.compile(r"[\w$-]+", re.ASCII)
 
 
-def _as_mapping(message: Message) -> dict[str, Any]:
-    """A message as transformers hands it to a template."""
+def _as_mapping(message: Message, *, in_parts: bool) -> dict[str, Any]:
+    """A message as transformers hands it to a template: its content as a text, or as a list of its parts."""
     found: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.pictures or in_parts:
+        found["content"] = [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in _parts(message)
+        ]
     if message.tool_calls:
         found["tool_calls"] = [
             {"type": "function", "function": {"name": call.name, "arguments": json_object(call.arguments)}}
@@ -296,9 +397,32 @@ def _texts(messages: Sequence[Message], tools: Sequence[Tool]) -> list[str]:
     return texts
 
 
+def _parts(message: Message) -> Iterator[str | Picture]:
+    """The content of a message: its text and its pictures, in order, no text being empty."""
+    start = 0
+    for at, picture in message.pictures:
+        if start < at:
+            yield message.content[start:at]
+        yield picture
+        start = at
+    if start < len(message.content):
+        yield message.content[start:]
+
+
+def _spelled(message: Message) -> str:
+    """The content of a message, with `<|image|>` where a picture goes."""
+    return "".join(part if isinstance(part, str) else PICTURE for part in _parts(message))
+
+
 def _marked_message(message: Message, marking: Callable[[str], str], inside: Callable[[str], str]) -> Message:
     calls = [replace(call, arguments=_marked_json(call.arguments, inside)) for call in message.tool_calls]
-    return replace(message, content=marking(message.content), tool_calls=tuple(calls))
+    content, pictures = "", []
+    for part in _parts(message):  # each by itself: a template may trim them
+        if isinstance(part, str):
+            content += marking(part)
+        else:
+            pictures.append((len(content), part))
+    return replace(message, content=content, tool_calls=tuple(calls), pictures=tuple(pictures))
 
 
 def _marked_tool(tool: Tool, marking: Callable[[str], str], inside: Callable[[str], str]) -> Tool:
@@ -401,19 +525,24 @@ def _probed(source: str, segments: Segments) -> CallForm | None:
     return None
 
 
-def _specials(parts: Sequence[str | int]) -> list[int]:
-    return [part for part in parts if isinstance(part, int)]
+def _specials(parts: Sequence[str | int | None]) -> list[int | None]:
+    return [part for part in parts if not isinstance(part, str)]
 
 
 def chat_format(
-    tokenizer: Tokenizer, generation: str, *, instruct: bool, now: Callable[[], datetime] = datetime.now
+    tokenizer: Tokenizer,
+    generation: str,
+    *,
+    instruct: bool,
+    now: Callable[[], datetime] = datetime.now,
+    sight: Sight | None = None,
 ) -> ChatFormat:
     """The model's own chat template where its tokenizer came with one, else the built-in of its generation.
 
-    Raises ChatFormatError as `builtin_format` does.
+    `sight` is how a picture stands in its prompts (`sight_for`). Raises ChatFormatError as `builtin_format` does.
     """
     if tokenizer.chat_template is None:
-        return builtin_format(generation, instruct=instruct)
+        return builtin_format(generation, instruct=instruct, sight=sight)
 
     return ChatFormat.from_template(
         tokenizer.chat_template,
@@ -421,11 +550,13 @@ def chat_format(
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,
         now=now,
+        sight=sight,
     )
 
 
-def builtin_format(generation: str, *, instruct: bool) -> ChatFormat:
-    """The format of an instruct model of this generation: llama2, codellama, codellama70b, llama3, llama3.1 to 3.3.
+def builtin_format(generation: str, *, instruct: bool, sight: Sight | None = None) -> ChatFormat:
+    """The format of an instruct model of this generation: llama2, codellama, codellama70b, llama3, llama3.1 to 3.3,
+    llama4; `sight` as in `ChatFormat`.
 
     Raises ChatFormatError for Llama 1 and for base models, which were trained on no conversation.
     """
@@ -446,6 +577,7 @@ def builtin_format(generation: str, *, instruct: bool) -> ChatFormat:
         special=special,
         template=_TEMPLATES.get(generation),
         call_form=call_form,
+        sight=sight,
     )
 
 
@@ -552,6 +684,11 @@ def _llama31(messages: Sequence[Message], add_generation_prompt: bool, _: dateti
 def _llama32(messages: Sequence[Message], add_generation_prompt: bool, _: datetime, tools: Sequence[Tool]) -> list[str]:
     """Llama 3.2 and 3.3 Instruct. Source: their prompt-format pages, "Zero shot function calling": the tools stand in
     the system message, calls are a list in Python's notation, and what came of one has the role ipython."""
+    if any(message.pictures for message in messages) and (tools or messages[0].role == "system"):
+        raise ChatFormatError(
+            "Llama 3.2 Vision was trained on pictures without a system message and without tools.",
+            remedy="Leave them out, or the pictures.",
+        )
     system, turns = _system_of(messages)
     text = ["<|begin_of_text|>"]
     if tools:
@@ -560,12 +697,36 @@ def _llama32(messages: Sequence[Message], add_generation_prompt: bool, _: dateti
     if system:
         text.append(_llama3_message("system", "\n\n".join(system)))
     for message in turns:
-        content = message.content
-        if message.tool_calls:
-            calls = ", ".join(python_call(call.name, json_object(call.arguments)) for call in message.tool_calls)
-            content = f"{content}[{calls}]"
-        text.append(_llama3_message("ipython" if message.role == "tool" else message.role, content))
+        text.append(_llama3_message("ipython" if message.role == "tool" else message.role, _with_calls(message)))
     return ["".join([*text, *_llama3_header(add_generation_prompt)])]
+
+
+def _with_calls(message: Message) -> str:
+    """What a message says: its text and pictures, then its calls as a list in Python's notation."""
+    calls = ", ".join(python_call(call.name, json_object(call.arguments)) for call in message.tool_calls)
+    return _spelled(message) + (f"[{calls}]" if calls else "")
+
+
+def _llama4(messages: Sequence[Message], add_generation_prompt: bool, _: datetime, tools: Sequence[Tool]) -> list[str]:
+    """Llama 4 Instruct. Source: its prompt-format page, "Zero shot function calling - system message": the tools stand
+    in the system message, calls are a list in Python's notation, and what came of one has the role ipython, as in the
+    template on the hub. Nothing is stripped but the system message, as there."""
+
+    def said(role: str, content: str) -> str:
+        return f"<|header_start|>{role}<|header_end|>\n\n{content}<|eot|>"
+
+    system, turns = _system_of(messages)
+    text = ["<|begin_of_text|>"]
+    if tools:
+        listed = json.dumps([_as_schema(tool)["function"] for tool in tools], indent=4, ensure_ascii=False)
+        system = [_LLAMA4_TOOLS + listed, *system]
+    if system and (content := "\n\n".join(system)):
+        text.append(said("system", content))
+    for message in turns:
+        text.append(said("ipython" if message.role == "tool" else message.role, _with_calls(message)))
+    if add_generation_prompt:
+        text.append("<|header_start|>assistant<|header_end|>\n\n")
+    return ["".join(text)]
 
 
 def _system_of(messages: Sequence[Message]) -> tuple[list[str], Sequence[Message]]:
@@ -601,6 +762,55 @@ Here is a list of functions in JSON format that you can invoke.
 
 {}"""
 
+_LLAMA4_TOOLS = """\
+You are a helpful assistant and an expert in function composition. You can answer general questions using \
+your internal knowledge OR invoke functions when necessary. Follow these strict guidelines:
+
+1. FUNCTION CALLS:
+- ONLY use functions that are EXPLICITLY listed in the function list below
+- If NO functions are listed (empty function list []), respond ONLY with internal knowledge or "I don't have \
+access to [Unavailable service] information"
+- If a function is not in the list, respond ONLY with internal knowledge or "I don't have access to \
+[Unavailable service] information"
+- If ALL required parameters are present AND the query EXACTLY matches a listed function's purpose: output \
+ONLY the function call(s)
+- Use exact format: [func_name1(param1=value1, param2=value2), func_name2(...)]
+Examples:
+CORRECT: [get_weather(location="Vancouver"), calculate_route(start="Boston", end="New York")] <- Only if \
+get_weather and calculate_route are in function list
+INCORRECT: get_weather(location="New York")
+INCORRECT: Let me check the weather: [get_weather(location="New York")]
+INCORRECT: [get_events(location="Singapore")] <- If function not in list
+
+2. RESPONSE RULES:
+- For pure function requests matching a listed function: ONLY output the function call(s)
+- For knowledge questions: ONLY output text
+- For missing parameters: ONLY request the specific missing parameters
+- For unavailable services (not in function list): output ONLY with internal knowledge or "I don't have \
+access to [Unavailable service] information". Do NOT execute a function call.
+- If the query asks for information beyond what a listed function provides: output ONLY with internal \
+knowledge about your limitations
+- NEVER combine text and function calls in the same response
+- NEVER suggest alternative functions when the requested service is unavailable
+- NEVER create or invent new functions not listed below
+
+3. STRICT BOUNDARIES:
+- ONLY use functions from the list below - no exceptions
+- NEVER use a function as an alternative to unavailable information
+- NEVER call functions not present in the function list
+- NEVER add explanatory text to function calls
+- NEVER respond with empty brackets
+- Use proper Python/JSON syntax for function calls
+- Check the function list carefully before responding
+
+4. TOOL RESPONSE HANDLING:
+- When receiving tool responses: provide concise, natural language responses
+- Don't repeat tool response verbatim
+- Don't add supplementary information
+
+Here is a list of functions in JSON format that you can invoke:
+"""
+
 _LLAMA3_NEEDS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _PYTHONIC = CallForm("pythonic", many=True, beside=True)
 _BUILTIN: dict[str, tuple[Segments, tuple[str, ...], CallForm | None]] = {
@@ -615,6 +825,7 @@ _BUILTIN: dict[str, tuple[Segments, tuple[str, ...], CallForm | None]] = {
     ),
     "llama3.2": (_llama32, _LLAMA3_NEEDS, _PYTHONIC),
     "llama3.3": (_llama32, _LLAMA3_NEEDS, _PYTHONIC),
+    "llama4": (_llama4, ("<|begin_of_text|>", "<|header_start|>", "<|header_end|>", "<|eot|>"), _PYTHONIC),
 }
 
 _LLAMA2_JINJA = (
@@ -632,9 +843,20 @@ _LLAMA3_JINJA = (
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
 
+_LLAMA4_JINJA = (
+    "{{ '<|begin_of_text|>' }}{% for message in messages %}{% if loop.index0 > 0 or message['role'] != 'system' or "
+    "message['content'] | trim %}{{ '<|header_start|>' + message['role'] + '<|header_end|>\\n\\n' }}"
+    "{% if message['content'] is not string %}{% for part in message['content'] %}"
+    "{{ '<|image|>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{% elif loop.first and message['role'] == 'system' %}{{ message['content'] | trim }}"
+    "{% else %}{{ message['content'] }}{% endif %}{{ '<|eot|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|header_start|>assistant<|header_end|>\\n\\n' }}{% endif %}"
+)
+
 _TEMPLATES = {
     "llama2": _LLAMA2_JINJA,
     "codellama": _LLAMA2_JINJA,
     **dict.fromkeys(("llama3", "llama3.1", "llama3.2", "llama3.3"), _LLAMA3_JINJA),
+    "llama4": _LLAMA4_JINJA,
 }
 # Not Code Llama 70B's: it tokenizes the parts of a message apart, which a template cannot say.

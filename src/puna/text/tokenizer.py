@@ -31,9 +31,12 @@ MAX_FILE_BYTES = 256 << 20
 _BOS_NAMES = ("<|begin_of_text|>", "<s>")
 _EOS_NAMES = ("<|end_of_text|>", "</s>")
 
+INFILL_NAMES = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
+"""Code Llama's tokens about a gap: what stands before it, after it, the gap itself, and its end."""
+
 _STOP_NAMES = (
     "</s>",  # Llama 1, 2, Code Llama
-    "▁<EOT>",  # Code Llama, end of an infilling
+    INFILL_NAMES[-1],  # Code Llama, end of an infilling
     "<step>",  # Code Llama 70B Instruct, end of a message
     "<|end_of_text|>",  # Llama 3 and 4, base models
     "<|eot_id|>",  # Llama 3, end of turn

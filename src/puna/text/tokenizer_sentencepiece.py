@@ -4,7 +4,8 @@ What it is: sentencepiece's own processor behind the interface, and the spelling
 files of these models share.
 What it is not: a parser of the protobuf; the library checks it.
 What is surprising: user-defined pieces that look like `<name>` are made control pieces before the library sees the
-model, because it would find them in any text.
+model, because it would find them in any text; and so are Code Llama's marks of a gap, which its file has as ordinary
+pieces that merges lead to.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from puna.errors import TokenizerError
-from puna.text.tokenizer import Tokenizer, looks_special
+from puna.text.tokenizer import INFILL_NAMES, Tokenizer, looks_special
 from puna.text.tokenizer_files import REMEDY_FETCH, Beside, Unsaid
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -52,7 +53,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise TokenizerError(
                 f"{path} is a damaged sentencepiece model: a piece is not UTF-8 ({error}).", remedy=REMEDY_FETCH
             ) from error
-        patched = _without_user_defined(data, pieces)
+        patched = _with_marks_special(_without_user_defined(data, pieces), pieces)
         if patched != data:
             processor = load(patched)
         ids = list(range(size))
@@ -106,3 +107,21 @@ def _without_user_defined(data: bytes, pieces: Sequence[str]) -> bytes:
                 if at >= 0 and data[kind : kind + 2] == b"\x18\x04":
                     patched[kind + 1] = 3
     return bytes(patched)
+
+
+def _with_marks_special(data: bytes, pieces: Sequence[str]) -> bytes:
+    """The model with Code Llama's marks of a gap made control pieces, where they are ordinary ones.
+
+    The type of an ordinary piece is usually left out, so its record (tag 0A, length, and what is said above) grows.
+    """
+    for name in set(INFILL_NAMES).intersection(pieces):
+        raw = name.encode()
+        text = b"\n" + bytes([len(raw)]) + raw + b"\x15"
+        for kind in (b"", b"\x18\x01"):
+            at = data.find(b"\n" + bytes([len(text) + 4 + len(kind)]) + text)
+            end = at + 2 + len(text) + 4  # behind the score
+            if at >= 0 and data[end : end + len(kind)] == kind:
+                record = b"\n" + bytes([len(text) + 6]) + data[at + 2 : end] + b"\x18\x03"
+                data = data[:at] + record + data[end + len(kind) :]
+                break
+    return data

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from puna.errors import TokenizerError
+from puna.text.sight import PICTURE
 from puna.text.tokenizer import Tokenizer
 from puna.text.tokenizer_files import REMEDY_FETCH, Beside
 
@@ -171,6 +172,8 @@ def _renamed(path: Path, special: Mapping[str, int], added: Mapping[int, str]) -
     """Special tokens with the names that the tokenizer_config.json beside a tiktoken file gives their ids."""
     config = path.parent / "tokenizer_config.json"
     names = {i: name for name, i in special.items()}
+    # The hub lists Llama 3.2 Vision's picture too, which is past the vocabulary; its id comes from the model's config.
+    added = {i: name for i, name in added.items() if (i, name) != (max(names) + 1, PICTURE)}
     for i, name in added.items():
         if i not in names:
             raise TokenizerError(

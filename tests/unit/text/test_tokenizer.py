@@ -264,6 +264,20 @@ def test_llama4_special_tokens_and_the_config_beside_them(reference: Path, llama
     assert sorted(alone.stop_ids) == sorted(with_config.stop_ids) == [200_001, 200_007, 200_008]
 
 
+def test_a_picture_past_the_vocabulary_is_no_token_of_the_file(reference: Path, tmp_path: Path) -> None:
+    """As the hub lists Llama 3.2 Vision's special tokens."""
+    (tmp_path / "tokenizer.model").symlink_to(reference / "tokenizers/llama3/tokenizer.model")
+    listed = json.loads((reference / "tokenizers/llama3.2/tokenizer_config.json").read_text())["added_tokens_decoder"]
+    for past, fits in (("<|image|>", True), ("<|other|>", False)):
+        added = listed | {"128256": listed["128255"] | {"content": past}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+        if fits:
+            assert load_tokenizer(tmp_path, generation="llama3.2").vocab_size == 128_256
+        else:
+            with pytest.raises(TokenizerError, match="names id 128256"):
+                load_tokenizer(tmp_path, generation="llama3.2")
+
+
 def test_generation_and_file_must_agree(reference: Path) -> None:
     with pytest.raises(TokenizerError, match="not of llama4"):
         load_tokenizer(reference / "tokenizers/llama3", generation="llama4")
