@@ -22,8 +22,9 @@ import numpy.typing as npt
 
 from puna.errors import CheckpointError, ConfigError
 from puna.kernels.layouts import to_float32
-from puna.models import decoder
 from puna.models.config import DecoderConfig, Fields
+from puna.models.llama3_vision_config import MllamaConfig
+from puna.models.registry import definition
 from puna.weights import names
 from puna.weights.files import MappedFile, read_json
 from puna.weights.safetensors import DTYPES, Entry, read_header
@@ -47,7 +48,8 @@ IGNORED = (
 """Keys that say how it was trained, or which matrices it has, as the tensors say too."""
 
 _TENSOR = re.compile(
-    r"base_model\.model\.(model\.layers\.\d{1,4}\.[a-z_]+\.[a-z_]+)\.lora_([AB])(?:\.default)?\.weight"
+    r"base_model\.model\.((?:language_model\.)?model\.(?:language_model\.)?layers\.\d{1,4}\.[a-z_]+\.[a-z_]+)"
+    r"\.lora_([AB])(?:\.default)?\.weight"
 )
 
 
@@ -81,9 +83,13 @@ def read_adapter(folder: Path, config: DecoderConfig) -> Adapter:
             )
     scales = _Scales(folder / CONFIG)
     matrices = {
-        names.foreign(name, "hub").removesuffix(".weight"): (name.removesuffix(".weight"), shape)
-        for name, shape in decoder.shapes(config).items()
-        if name.startswith("layers.") and len(shape) == 2
+        plan.parts[name][0].stored.removesuffix(".weight"): (name.removesuffix(".weight"), shape)
+        # PEFT saves the names of a model in memory, which transformers may change when it saves the model itself.
+        for plan in (names.plan(config, "hub"), names.plan(config, "hub", {names.IN_MEMORY: ()}))
+        for name, shape in definition(config).shapes(config).items()
+        # Not a mixture's experts and router, nor cross layers: some rows of a batch pass them only.
+        if name.startswith("layers.") and len(shape) == 2 and name.count(".") == 3 and ".router." not in name
+        if not (isinstance(config, MllamaConfig) and int(name.split(".")[1]) in config.cross_layers)
     }
     found: dict[str, dict[str, Entry]] = {}
     for stored, entry in read_header(MappedFile(folder / TENSORS)).items():
@@ -91,7 +97,8 @@ def read_adapter(folder: Path, config: DecoderConfig) -> Adapter:
         if match is None or match[1] not in matrices:
             raise CheckpointError(
                 f"{folder / TENSORS}: {stored[:120]!r} belongs to no matrix of the model's layers.",
-                remedy="The adapter is of another model, or changes what Puna adapts not (embedding, head, norms).",
+                remedy="The adapter is of another model, or changes what Puna adapts not (embedding, head, norms, "
+                "layers that look at pictures).",
             )
         halves = found.setdefault(match[1], {})
         if match[2] in halves:

@@ -1,7 +1,7 @@
 """Opens any checkpoint Puna reads, and proves that it is whole before a number of it is used.
 
 What it is: `open_checkpoint`, which tells the format from the content, has that format's reader list the tensors, and
-compares them with `decoder.shapes` one by one.
+compares them with the shapes of the model's definition one by one.
 What it is not: loading. A `Checkpoint` holds lazy tensors: opening an 8B model reads some kilobytes.
 What is surprising: a head equal to the embedding, bit for bit, is not kept as a second tensor; Meta's Llama 3.2 files
 and llama2.c's `.pt` store one.
@@ -10,16 +10,17 @@ and llama2.c's `.pt` store one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from puna.errors import CheckpointError
 from puna.kernels.blocks import TYPES
-from puna.models import decoder
 from puna.models.config import DecoderConfig, ReadConfig, read_hub, read_meta
-from puna.weights import gguf, gguf_model, llama2c, meta, names, safetensors
+from puna.models.llama3_vision_config import MllamaConfig
+from puna.models.registry import definition
+from puna.weights import gguf, gguf_model, llama2c, meta, names, parts, safetensors
 from puna.weights.files import ITEM_SIZE, LazyTensor, MappedFile, listed, read_json, same_bits, shown, unreadable
 from puna.weights.torch_file import open_torch, state_tensors
 
@@ -192,7 +193,7 @@ def _open_safetensors(weights: Path, folder: Path) -> Checkpoint:
     stored = {name: entry.lazy() for name, entry in entries.items()}
     read_config = _with_generation_config(read_hub(read_json(config_file), str(config_file)), folder)
     files = tuple(sorted({entry.file.path for entry in entries.values()}))
-    return _matched(weights, "safetensors", folder, files, read_config, stored, "hub")
+    return _matched(weights, "safetensors", folder, files, read_config, [stored], "hub")
 
 
 def _with_generation_config(read_config: ReadConfig, folder: Path) -> ReadConfig:
@@ -210,8 +211,10 @@ def _with_generation_config(read_config: ReadConfig, folder: Path) -> ReadConfig
 def _open_gguf(path: Path) -> Checkpoint:
     whole = gguf.read(path)
     read_config, stored, notes = gguf_model.config_of(whole)
-    files = tuple(file.path for file in whole.files)
-    found = _matched(whole.path, "gguf", path.parent, files, read_config, stored, "gguf")
+    own = tuple(file.path for file in whole.files)
+    beside = {Path(tensor.at[0]) for tensor in stored.values() if tensor.at is not None} - set(own)
+    files = (*own, *sorted(beside))
+    found = _matched(whole.path, "gguf", path.parent, files, read_config, [stored], "gguf")
     tokenizer = whole.path if gguf_model.has_tokenizer(whole) else found.tokenizer
     return dataclasses.replace(found, tokenizer=tokenizer, notes=(*found.notes, *notes), gguf=whole)
 
@@ -222,8 +225,8 @@ def _open_meta(path: Path, folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"{folder}: there is no {meta.PARAMS_NAME} beside the shards.", remedy="Fetch the model's params.json."
         )
-    read_config, stored = meta.read(folder, read_json(params))
-    return _matched(path, "meta", folder, tuple(meta.shard_paths(folder)), read_config, stored, "meta")
+    read_config, shards, besides = meta.read(folder, read_json(params))
+    return _matched(path, "meta", folder, tuple(meta.shard_paths(folder)), read_config, shards, "meta", besides)
 
 
 def _open_pt(path: Path) -> Checkpoint:
@@ -240,8 +243,7 @@ def _open_pt(path: Path) -> Checkpoint:
             remedy="Save the state dict of one model.",
         )
     besides = tuple(str(key)[:120] for key in value if wrapped and key not in ("model", "model_args"))
-    convention = _convention(path, stored)
-    embedding = stored[names.foreign("embedding", convention)].shape
+    convention, embedding = _convention(path, stored)
     vocab = embedding[0] if len(embedding) == 2 else None
     params, config_file = path.parent / meta.PARAMS_NAME, path.parent / CONFIG_NAME
     if wrapped and isinstance(value.get("model_args"), dict):
@@ -250,26 +252,39 @@ def _open_pt(path: Path) -> Checkpoint:
         read_config = read_meta(read_json(params), str(params), vocab_size=vocab)
     elif config_file.is_file():
         found = _with_generation_config(read_hub(read_json(config_file), str(config_file)), path.parent)
-        pairing = dataclasses.replace(found.config, interleaved_rope=convention != "hub")
+        # Llama 4's pairs neighbours whoever wrote it.
+        neighbours = found.config.interleaved_rope or convention != "hub"
+        pairing = dataclasses.replace(found.config, interleaved_rope=neighbours)
         read_config = dataclasses.replace(found, config=pairing)
     else:
         raise CheckpointError(
             f"{path}: it holds weights and no config (heads, norm epsilon and rope cannot be told from weights).",
             remedy=f"Put the model's {CONFIG_NAME if convention == 'hub' else meta.PARAMS_NAME} beside it.",
         )
-    return _matched(path, "pt", path.parent, (path,), read_config, stored, convention, besides)
+    return _matched(path, "pt", path.parent, (path,), read_config, [stored], convention, besides)
 
 
-def _convention(path: Path, stored: Mapping[str, LazyTensor]) -> names.Convention:
-    """Whose names a state dict has."""
-    conventions: tuple[names.Convention, ...] = ("hub", "meta", "torchtune")
-    for convention in conventions:
-        if names.foreign("embedding", convention) in stored and names.foreign("norm", convention) in stored:
-            return convention
+def _convention(path: Path, stored: Mapping[str, LazyTensor]) -> tuple[names.Convention, tuple[int, ...]]:
+    """Whose names a state dict has, and the shape of its embedding."""
+    for convention, prefixes in _PREFIXES.items():
+        for prefix in prefixes:
+            embedding, norm = (
+                prefix + names.foreign(name, convention).removeprefix("model.") for name in ("embedding", "norm")
+            )
+            if embedding in stored and norm in stored:
+                return convention, stored[embedding].shape
     raise CheckpointError(
         f"{path}: no Llama that Puna knows; its tensors are called {listed(stored)}.",
         remedy="Save it under the names of the hub, of Meta (and llama2.c) or of torchtune: Puna knows those.",
     )
+
+
+_PREFIXES: dict[names.Convention, tuple[str, ...]] = {
+    "hub": ("model.", "language_model.model.", "model.language_model."),
+    "meta": ("", "text_model."),
+    "torchtune": ("",),
+}
+"""What stands before the names of the text's tensors; models that see have more before them."""
 
 
 def _model_args(args: Mapping[Any, Any], source: str, vocab: int | None) -> ReadConfig:
@@ -292,17 +307,28 @@ def _matched(
     folder: Path,
     files: tuple[Path, ...],
     read_config: ReadConfig,
-    stored: Mapping[str, LazyTensor],
+    shards: Sequence[Mapping[str, LazyTensor]],
     convention: names.Convention,
     besides: tuple[str, ...] = (),
 ) -> Checkpoint:
-    """The checkpoint, once every parameter of the config is found with its shape and nothing is left over."""
+    """The checkpoint, once every parameter of the config is found with its shape and nothing is left over.
+
+    `shards` are the tensors of each file where a model is split within its matrices, else the one collection of all.
+    """
     notes: list[str] = []
-    head, embedding = names.foreign("head", convention), names.foreign("embedding", convention)
+    stored = shards[0]
+    stored_shapes = {name: tensor.shape for name, tensor in stored.items()}
+    untied = dataclasses.replace(read_config.config, tied_head=False)
+    first = names.plan(untied, convention, stored_shapes, len(shards)).parts
+    head, embedding = first["head"][0].stored, first["embedding"][0].stored
     copies: dict[str, str] = {}
     tied = read_config.config.tied_head
     # Joining the shards of a large head only to compare it would cost seconds: without a place it counts as its own.
-    if embedding in stored and head in stored and (tied or (convention != "hub" and stored[head].at is not None)):
+    placed = head in stored and len(shards) == 1 and stored[head].at is not None
+    # The embedding of Llama 3.2 Vision has rows that no head has, so that it never serves as one.
+    if isinstance(untied, MllamaConfig):
+        tied = False
+    elif embedding in stored and head in stored and (tied or (convention != "hub" and placed)):
         whole = (read_config.config.vocab_size, read_config.config.dim)
         if stored[head].shape == whole and _is_copy(stored[head], stored[embedding]):
             copies[head] = f"{head} (a copy of {embedding})"
@@ -317,37 +343,32 @@ def _matched(
         tied = True
     config = dataclasses.replace(read_config.config, tied_head=tied)
     read_config = dataclasses.replace(read_config, config=config)
-    shapes = decoder.shapes(read_config.config)
-    wanted = {names.foreign(name, convention): name for name in shapes}
-    if absent := wanted.keys() - stored.keys():
+    plan = names.plan(config, convention, stored_shapes, len(shards))
+    if absent := plan.shapes.keys() - stored.keys():
         raise CheckpointError(
-            f"{path}: {len(absent)} of {len(wanted)} tensors missing: {listed(absent)}.",
+            f"{path}: {len(absent)} of {len(plan.shapes)} tensors missing: {listed(absent)}.",
             remedy="The config is another model's, or files are missing: fetch the model again.",
         )
-    tables = [name for name in stored if names.ignorable(name)]
-    if unknown := stored.keys() - wanted.keys() - copies.keys() - set(tables):
+    tables = [name for name in stored if names.ignorable(name) and name not in plan.shapes]
+    if unknown := stored.keys() - plan.shapes.keys() - copies.keys() - set(tables):
         raise CheckpointError(
             f"{path}: {len(unknown)} tensors that this model has no use for: {listed(unknown)}.",
             remedy="The config is another model's: fetch both again. Or it is a kind of model that cannot run here; "
             "`puna models` lists those that can.",
         )
-    tensors: dict[str, LazyTensor] = {}
-    for foreign, name in wanted.items():
-        tensor = stored[foreign]
-        if tensor.shape != shapes[name]:
-            raise CheckpointError(
-                f"{path}: {foreign} has the shape {list(tensor.shape)}, and the config says {list(shapes[name])}.",
-                remedy="The config is another model's: fetch both again.",
-            )
-        if tensor.dtype not in ITEM_SIZE and not (tensor.dtype in TYPES and len(tensor.shape) == 2):
-            raise CheckpointError(
-                f"{path}: {foreign} is stored as {tensor.dtype}; Puna reads it in float32, bfloat16 and float16.",
-                remedy="Save the model in one of those types.",
-            )
-        tensors[name] = dataclasses.replace(tensor, name=name)
+    tensors = parts.read(plan, definition(config).shapes(config), shards, path)
+    if count := parts.copied_bytes(plan, tensors):
+        notes.append(
+            f"{_size(count)} of matrices lie transposed in the file: each is copied when it is loaded, so that much "
+            "memory is needed; a GGUF needs none, its experts are used as they lie there"
+        )
     tokenizer = _find_tokenizer(folder, read_config.config, format)
     ignored = (*besides, *copies.values(), *tables)
     return Checkpoint(path, format, read_config, tensors, ignored, tokenizer, folder, files, tuple(notes))
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _is_copy(head: LazyTensor, embedding: LazyTensor) -> bool:

@@ -19,7 +19,8 @@ from typing import Any
 from puna.errors import TokenizerError, UsageError
 from puna.kernels.layouts import Weight
 from puna.models.config import write_hub, write_meta
-from puna.weights import convert_gguf, gguf_model, names
+from puna.text.pictures import PROCESSOR_FILES
+from puna.weights import convert_gguf, gguf_model, names, notices, parts
 from puna.weights.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, Checkpoint, open_checkpoint
 from puna.weights.files import ITEM_SIZE, LazyTensor, raw, release, wrap
 from puna.weights.load import converted, named_for_chat, notes_on, read_words
@@ -88,6 +89,7 @@ def convert(
         said: list[str] = []
         kind = kind_of(dtype)
         nbytes = convert_gguf.write(checkpoint, dest, mix=kind, tokenizer=tokenizer, notes=said, progress=progress)
+        notices.note_on_file(checkpoint, said)
         return Conversion(dest, to, (dest.name,), nbytes, (*notes_on(checkpoint, "auto"), *said))
     if dtype == "auto" and (kinds := {t.dtype for t in checkpoint.tensors.values()} - ITEM_SIZE.keys()):
         raise UsageError(
@@ -95,9 +97,13 @@ def convert(
             remedy="Say with --type what to unpack them to: BF16, F16 or F32. Or convert to gguf.",
         )
     notes = notes_on(checkpoint, dtype)
-    outgoing = [_outgoing(checkpoint, tensor, to, dtype) for tensor in checkpoint.tensors.values()]
+    convention: names.Convention = "hub" if to == "safetensors" else "meta"
+    plan = names.plan(checkpoint.config, convention)
+    prepared = {name: _prepared(checkpoint, tensor, convention, dtype) for name, tensor in checkpoint.tensors.items()}
+    outgoing = parts.write(plan, prepared, src)
     config = _config(checkpoint, outgoing, to, tokenizer)
     companions = _companions(checkpoint, to, tokenizer, notes)
+    notice = notices.notice(checkpoint, [name for _, name in companions], notes)
     brings_template = any(name in _TEMPLATE_FILES for _, name in companions)
     was_chat = checkpoint.format == "meta" and named_for_chat(checkpoint.folder)
     if was_chat and not brings_template and not (to == "meta" and named_for_chat(dest)):
@@ -116,6 +122,7 @@ def convert(
         if to == "safetensors":
             files = write_safetensors(unfinished, outgoing, report)
         else:
+            # Meta's code wants a head; where it is the embedding, both names stand for the same numbers.
             head, embedding = names.foreign("head", "meta"), names.foreign("embedding", "meta")
             same = {head: embedding} if checkpoint.config.tied_head else {}
             write_torch(unfinished / "consolidated.00.pth", outgoing, same, report)
@@ -124,15 +131,19 @@ def convert(
             with source.open("rb") as a, (unfinished / name).open("wb") as b:
                 shutil.copyfileobj(a, b)
                 sync(b)
+        if notice is not None:
+            with (unfinished / notices.NOTICE_NAME).open("wb") as b:
+                b.write(notice.encode())
+                sync(b)
         # The config is written last: a folder without one is no model to any program.
         write_json(unfinished / (CONFIG_NAME if to == "safetensors" else PARAMS_NAME), config)
-    every = (*files, *(name for _, name in companions), CONFIG_NAME if to == "safetensors" else PARAMS_NAME)
+    written = [name for _, name in companions] + [notices.NOTICE_NAME] * (notice is not None)
+    every = (*files, *written, CONFIG_NAME if to == "safetensors" else PARAMS_NAME)
     return Conversion(dest, to, every, total, tuple(notes))
 
 
-def _outgoing(checkpoint: Checkpoint, tensor: LazyTensor, to: str, dtype: str) -> LazyTensor:
-    """A tensor as it will be written: under the layout's name, in the type asked for, its rows in that order."""
-    convention: names.Convention = "hub" if to == "safetensors" else "meta"
+def _prepared(checkpoint: Checkpoint, tensor: LazyTensor, convention: names.Convention, dtype: str) -> LazyTensor:
+    """A parameter as it will be written: in the type asked for, its rows in the layout's order."""
 
     def read() -> Weight:
         tensor.check()
@@ -144,7 +155,7 @@ def _outgoing(checkpoint: Checkpoint, tensor: LazyTensor, to: str, dtype: str) -
         return wrap(rows)
 
     kept = tensor.dtype if dtype == "auto" else dtype
-    return LazyTensor(names.foreign(tensor.name, convention), tensor.shape, kept, read)
+    return LazyTensor(tensor.name, tensor.shape, kept, read)
 
 
 def _config(checkpoint: Checkpoint, outgoing: list[LazyTensor], to: str, tokenizer: Path | None) -> dict[str, Any]:
@@ -159,7 +170,8 @@ def _config(checkpoint: Checkpoint, outgoing: list[LazyTensor], to: str, tokeniz
 
 
 def _companions(checkpoint: Checkpoint, to: str, tokenizer: Path | None, notes: list[str]) -> list[tuple[Path, str]]:
-    """Files to copy as they are, and their names: tokenizer, stop tokens, licences. What others cannot use is noted."""
+    """Files to copy as they are, and their names: tokenizer, stop tokens, how pictures are made ready, licences.
+    What others cannot use is noted."""
     if tokenizer is not None and not tokenizer.is_file():
         raise TokenizerError(
             f"{tokenizer}: no such file.", remedy="Name the tokenizer's file, or leave --tokenizer out."
@@ -183,5 +195,6 @@ def _companions(checkpoint: Checkpoint, to: str, tokenizer: Path | None, notes: 
     if generation.is_file():
         found[GENERATION_CONFIG_NAME] = generation
     if checkpoint.path.is_dir() or checkpoint.format in ("safetensors", "meta"):
+        found |= {name: path for name in PROCESSOR_FILES if (path := checkpoint.folder / name).is_file()}
         found |= {p.name: p for p in checkpoint.folder.iterdir() if _LICENCES.fullmatch(p.name) and p.is_file()}
     return [(path, name) for name, path in found.items()]

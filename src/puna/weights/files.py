@@ -13,7 +13,7 @@ import math
 import mmap
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class LazyTensor:
     read: Callable[[], Weight]
     at: tuple[str, int] | None = None
     check: Callable[[], None] = lambda: None
+    pieces: Callable[[], Iterator[Weight]] | None = None
 
     @property
     def nbytes(self) -> int:

@@ -1,7 +1,7 @@
-"""What a GGUF file says about a dense Llama besides its tensors: the keys that llama.cpp, Ollama and LM Studio read.
+"""What a GGUF file says about a Llama besides its tensors: the keys that llama.cpp, Ollama and LM Studio read.
 
 What it is: from a checkpoint's config, name and tokenizer to `general.*`, `llama.*` and `tokenizer.ggml.*` (ggml's
-docs/gguf.md).
+docs/gguf.md). Llama 4's own keys come from its config's page.
 What it is not: a reader of model cards. A licence is said where the catalog knows the model, by its name and size.
 What is surprising: GGUF has no word for Llama 3.1's rope. What its rule comes to, a divisor for each frequency, is a
 tensor, `rope_freqs.weight`; linear stretching is a key.
@@ -19,8 +19,10 @@ import numpy as np
 
 from puna.catalog.models import CatalogEntry, find
 from puna.kernels.layouts import F32
-from puna.models import decoder
+from puna.models import config_clip, llama4_config
 from puna.models.config import DecoderConfig
+from puna.models.llama4_config import Llama4Config
+from puna.models.registry import definition
 from puna.text.tokenizer import Tokenizer
 from puna.text.vocabulary import UNUSED, vocabulary
 from puna.text.words import Words
@@ -49,17 +51,19 @@ def general(checkpoint: Checkpoint, file_type: int) -> dict[str, Value]:
         "general.file_type": file_type, "general.quantization_version": QUANTIZATION_VERSION,
     }  # fmt: skip
     if checkpoint.gguf is not None:
-        return _carried(checkpoint.gguf.metadata) | written
-    entry = _entry(checkpoint)
+        return _carried(checkpoint.gguf.metadata, kind(checkpoint.config)) | written
+    entry = catalog_entry(checkpoint)
     name = _called(checkpoint.path) if entry is None else entry.hub_id.split("/")[1].removesuffix("-hf")
-    keys: dict[str, Value] = {"general.architecture": "llama", "general.type": "model", "general.name": name}
+    keys: dict[str, Value] = {
+        "general.architecture": kind(checkpoint.config), "general.type": "model", "general.name": name,
+    }  # fmt: skip
     size = _SIZE.search(name)
     basename = name[: size.start()] if size else name
     if basename:
         keys["general.basename"] = basename
     if size and (finetune := name[size.end() :].strip("-_ ")):
         keys["general.finetune"] = finetune
-    count = decoder.parameter_count(checkpoint.config)
+    count = definition(checkpoint.config).parameter_count(checkpoint.config)
     keys["general.size_label"] = size[1].upper() if size else size_label(count)
     if entry is not None:
         keys |= {
@@ -74,9 +78,26 @@ def general(checkpoint: Checkpoint, file_type: int) -> dict[str, Value]:
     return keys | written
 
 
-def _carried(metadata: Mapping[str, Any]) -> dict[str, Value]:
+def kind(config: DecoderConfig) -> str:
+    """The architecture, and the prefix of its keys."""
+    return "llama4" if isinstance(config, Llama4Config) else "llama"
+
+
+def projector(checkpoint: Checkpoint, file_type: int) -> dict[str, Value]:
+    """What the file of a vision encoder says, for llama.cpp's `mmproj` (tools/mtmd/clip-impl.h)."""
+    config = checkpoint.config
+    assert isinstance(config, Llama4Config)
+    assert config.vision is not None
+    return {
+        "general.architecture": config_clip.ARCHITECTURE, "general.type": "mmproj",
+        "general.name": _called(checkpoint.path), "general.file_type": file_type,
+        "general.quantization_version": QUANTIZATION_VERSION, **config_clip.write_clip(config.vision, config.dim),
+    }  # fmt: skip
+
+
+def _carried(metadata: Mapping[str, Any], kind: str) -> dict[str, Value]:
     """The `general.*` keys of another file, but for how its bytes lie, which is said anew."""
-    keys: dict[str, Value] = {"general.architecture": "llama", "general.type": "model"}
+    keys: dict[str, Value] = {"general.architecture": kind, "general.type": "model"}
     for key in metadata:
         if key.startswith("general.") and key != "general.alignment":
             value = metadata[key]
@@ -108,7 +129,7 @@ def _called(path: Path) -> str:
     return path.name.split(".")[0] if named else folder.parent.name if folder.name == "original" else folder.name
 
 
-def _entry(checkpoint: Checkpoint) -> CatalogEntry | None:
+def catalog_entry(checkpoint: Checkpoint) -> CatalogEntry | None:
     """The catalog's entry for this checkpoint: of its name, and of its size."""
     config, entry = checkpoint.config, find(_called(checkpoint.path))
     if entry is None or (entry.layers, entry.dim, entry.ffn_dim) != (config.layers, config.dim, config.hidden_dim):
@@ -117,7 +138,9 @@ def _entry(checkpoint: Checkpoint) -> CatalogEntry | None:
 
 
 def architecture(config: DecoderConfig) -> dict[str, Value]:
-    """`llama.*`: the numbers of the model."""
+    """`llama.*` or `llama4.*`: the numbers of the model. Raises ConfigError for what the keys cannot say."""
+    if isinstance(config, Llama4Config):
+        return llama4_config.write_gguf(config)
     keys: dict[str, Value] = {
         "llama.block_count": config.layers,
         "llama.context_length": config.context_length,

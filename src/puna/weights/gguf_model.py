@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from puna.errors import CheckpointError, TokenizerError
+from puna.models import config_clip
 from puna.models.config import Fields, ReadConfig
-from puna.models.config_gguf import read_gguf
+from puna.models.config_gguf import ARCHITECTURES, read_gguf
+from puna.models.llama4_config import Llama4Config
 from puna.text.tokenizer_files import Unsaid
 from puna.text.words import Words
 from puna.weights import names
@@ -41,10 +43,21 @@ def recognised(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
+PROJECTOR = "mmproj"
+"""The word in the names of files that hold the vision encoder of a model beside them."""
+
+
+def projector_path(model: Path) -> Path:
+    """What the file of a model's vision encoder is called."""
+    return model.with_name(f"{PROJECTOR}-{model.name}")
+
+
 def models_in(folder: Path) -> list[Path]:
-    """The GGUF models of a folder, each by its file or by its first part."""
+    """The GGUF models of a folder, each by its file or by its first part; vision encoders are not among them."""
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("*.gguf")):
+        if PROJECTOR in path.name.lower():
+            continue
         part = PART_NAME.fullmatch(path.name)
         found.setdefault(f"{part['stem']}/{part['count']}" if part else path.name, path)
     return list(found.values())
@@ -57,7 +70,18 @@ def config_of(whole: GGUF) -> tuple[ReadConfig, dict[str, LazyTensor], tuple[str
     """
     source = str(whole.path)
     embedding = whole.tensors.get(names.foreign("embedding", "gguf"))
-    if embedding is None and whole.metadata["general.architecture"] == "llama":
+    if whole.metadata["general.architecture"] == config_clip.ARCHITECTURE:
+        raise CheckpointError(
+            f"{source}: the vision encoder of a model, not the model.",
+            remedy="Name the model's own GGUF; this file is read from beside it.",
+        )
+    if whole.metadata["general.architecture"] == "mllama":
+        raise CheckpointError(
+            f"{source}: a Llama 3.2 Vision as Ollama packs it (mllama), which Puna does not read: its gates are stored "
+            "as their hyperbolic tangents, and its vision encoder in a file that says nothing of this one.",
+            remedy="Fetch the model in Hugging Face's or Meta's layout.",
+        )
+    if embedding is None and whole.metadata["general.architecture"] in ARCHITECTURES:
         what = "it holds no weights, only a vocabulary" if not whole.tensors else "token_embd.weight is missing"
         raise CheckpointError(f"{source}: {what}.", remedy="Name the file of the model; --tokenizer takes this one.")
     stored = {name: tensor.lazy() for name, tensor in whole.tensors.items()}
@@ -82,7 +106,43 @@ def config_of(whole: GGUF) -> tuple[ReadConfig, dict[str, LazyTensor], tuple[str
         bos_id=f.integer(bos, least=0, most=_LARGEST_ID) if f.has(bos) else None,
         eos_ids=tuple(dict.fromkeys(ids)),
     )
-    return read_config, stored, _notes(whole.metadata, f)
+    notes = _notes(whole.metadata, f)
+    if isinstance(read_config.config, Llama4Config):
+        read_config, seen, more = _with_projector(whole.path, read_config, read_config.config)
+        return read_config, stored | seen, (*notes, *more)
+    return read_config, stored, notes
+
+
+def _with_projector(
+    path: Path, read_config: ReadConfig, text: Llama4Config
+) -> tuple[ReadConfig, dict[str, LazyTensor], tuple[str, ...]]:
+    """The config with its vision encoder, and that one's tensors, where its file lies beside the model's.
+
+    The one that has the model's name is taken, else the only one of the model's width. Raises CheckpointError and
+    ConfigError for a file that is damaged.
+    """
+    named = projector_path(path)
+    beside = sorted(p for p in path.parent.glob("*.gguf") if PROJECTOR in p.name.lower() and p != path)
+    fitting = []
+    for place in [named] if named in beside else beside:
+        found = read(place)
+        if found.metadata["general.architecture"] != config_clip.ARCHITECTURE:
+            continue
+        if config_clip.text_width(found.metadata, str(place)) == text.dim:
+            fitting.append(found)
+    if len(fitting) > 1:
+        listed = ", ".join(shown(found.path.name) for found in fitting)
+        return read_config, {}, (f"several vision encoders lie beside it ({listed}), so it sees nothing: keep one",)
+    if not fitting:
+        return read_config, {}, ()
+    tensors = {name: tensor.lazy() for name, tensor in fitting[0].tensors.items()}
+    adapter = tensors.get("mm.model.mlp.1.weight")
+    if adapter is None or len(adapter.shape) != 2:
+        raise CheckpointError(f"{fitting[0].path}: mm.model.mlp.1.weight is missing.", remedy="Fetch the file again.")
+    vision, unknown = config_clip.read_clip(fitting[0].metadata, str(fitting[0].path), output_dim=adapter.shape[0])
+    config = dataclasses.replace(text, vision=vision)
+    read_config = dataclasses.replace(read_config, config=config, unknown=(*read_config.unknown, *unknown))
+    return read_config, tensors, (f"its vision encoder is read from {shown(fitting[0].path.name)}",)
 
 
 def _keys(prefix: str, keys: tuple[str, ...]) -> list[str]:

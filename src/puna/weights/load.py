@@ -22,13 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+import numpy as np
+
 from puna.errors import CheckpointError, TokenizerError, UsageError
 from puna.kernels import ops
 from puna.kernels.blocks import TYPES
 from puna.kernels.layouts import Mapped, Packed, Weight, convert, mapping
-from puna.models import decoder, llama2
+from puna.models import llama2
 from puna.models.config import DecoderConfig
-from puna.models.tree import DecoderWeights, leaves
+from puna.models.llama3_vision_config import MllamaConfig
+from puna.models.registry import definition
+from puna.models.tree import Weights, leaves
 from puna.types import QUANTS
 from puna.weights import gguf_model, limits, mixes
 from puna.weights.checkpoint import Checkpoint, open_checkpoint
@@ -52,7 +56,7 @@ class LoadedModel:
     """
 
     config: DecoderConfig
-    weights: DecoderWeights
+    weights: Weights
     tokenizer: Tokenizer
     chat_format: ChatFormat | None
     checkpoint: Checkpoint
@@ -70,13 +74,17 @@ def load(
     checkpoint = open_checkpoint(path)
     with Meanwhile(lambda: tokenizer_of(checkpoint, tokenizer)) as reading:
         weights, notes = load_weights(checkpoint, dtype, quant, packed=packed)
-        if checkpoint.gguf is not None and any(isinstance(leaf, Mapped) for _, leaf in leaves(weights)):
+        in_blocks = [leaf for _, leaf in leaves(weights) if isinstance(leaf, Packed)]
+        # Where some stay in the file, it is larger than memory, and to read all of it would drive out what is needed.
+        if checkpoint.gguf is not None and in_blocks and all(isinstance(leaf, Mapped) for leaf in in_blocks):
             for file in checkpoint.gguf.files:
                 for begin in range(0, file.size, TOUCHED):
                     if reading.running():
                         file.touch(begin, begin + TOUCHED)
     config, words = checkpoint.config, reading.result()
-    if words.vocab_size != config.vocab_size:
+    # Llama 3.2 Vision's `<|image|>` is a token past the vocabulary, with a row of the embedding past it.
+    past = config.extra_rows if isinstance(config, MllamaConfig) else 0
+    if not config.vocab_size <= words.vocab_size <= config.vocab_size + past:
         notes = (*notes, f"the tokenizer has {words.vocab_size} tokens and the embedding {config.vocab_size} rows")
     chat = chat_format_of(checkpoint, words)
     if chat is not None and words.chat_template is None and checkpoint.format == "gguf":
@@ -166,6 +174,7 @@ def chat_format_of(checkpoint: Checkpoint, tokenizer: Tokenizer) -> ChatFormat |
     """The tokenizer's own template, else the built-in of the generation where Meta's folder, or the name of a GGUF,
     says that it is a chat model."""
     from puna.text.chat import chat_format
+    from puna.text.sight import sight_for
 
     config = checkpoint.config
     named = checkpoint.format == "meta" and named_for_chat(checkpoint.folder)
@@ -176,7 +185,25 @@ def chat_format_of(checkpoint: Checkpoint, tokenizer: Tokenizer) -> ChatFormat |
         return None
     # Code Llama's 70B was trained on another format than the smaller ones, and only its size tells.
     is_code_70b = config.generation == "codellama" and config.layers == llama2.CODE_70B_LAYERS
-    return chat_format(tokenizer, "codellama70b" if is_code_70b else config.generation, instruct=instruct)
+    generation = "codellama70b" if is_code_70b else config.generation
+    return chat_format(tokenizer, generation, instruct=instruct, sight=sight_for(config))
+
+
+def infills(config: DecoderConfig, tokenizer: Tokenizer) -> bool:
+    """Whether a model was trained to fill a gap: its tokenizer has the marks, and it is not the 70B, whose variants
+    all have them and of which Meta's README (https://github.com/meta-llama/codellama) names none."""
+    from puna.text.infill import infills as has_marks
+
+    return has_marks(tokenizer) and config.layers != llama2.CODE_70B_LAYERS
+
+
+def guard_version(name: str, checkpoint: Checkpoint, tokenizer: Tokenizer) -> str:
+    """The version of Llama Guard that a checkpoint is; "" for none. Its chat template says so, or, where it has none,
+    its name or its file's."""
+    from puna.text.guard import version_of
+
+    names = (name, checkpoint.folder.name, checkpoint.path.name)
+    return version_of(checkpoint.config.generation, tokenizer.chat_template, names)
 
 
 def named_for_chat(folder: Path) -> bool:
@@ -190,13 +217,14 @@ TOUCHED = 1 << 30
 """Bytes of the file that are mapped at a time while the tokenizer is read: it is not to wait for more than these."""
 
 MOST_OF_MEMORY = 0.6
-"""The share of the available memory that packed matrices may take to be regrouped: while that goes on, a matrix is
+"""The share of the available memory that packed matrices may take to be regrouped; of a mixture that takes more, its
+matrices without the experts: while that goes on, a matrix is
 there twice, and the conversation, the system and the file's pages want memory besides."""
 
 
 def load_weights(
     checkpoint: Checkpoint, dtype: str = "auto", quant: str | None = None, *, packed: bool = True
-) -> tuple[DecoderWeights, tuple[str, ...]]:
+) -> tuple[Weights, tuple[str, ...]]:
     """The tree of a checkpoint's weights, and notes: what was ignored, unknown, converted or packed.
 
     `quant` is one of `types.QUANTS`: matrices are packed, vectors become fp32. `packed` as in `load`. Raises UsageError
@@ -217,14 +245,22 @@ def load_weights(
         return _pack(checkpoint, quant)
     if dtype == "auto" and not packed:
         dtype = _plain_dtype(checkpoint)
-    size = sum(tensor.nbytes for tensor in checkpoint.tensors.values() if tensor.dtype in TYPES)
-    room = limits.available()
-    keep = dtype == "auto" and room is not None and size > MOST_OF_MEMORY * room
+    sizes = {name: tensor.nbytes for name, tensor in checkpoint.tensors.items() if tensor.dtype in TYPES}
+    size, room = sum(sizes.values()), limits.available()
+    most = None if room is None or dtype != "auto" else MOST_OF_MEMORY * room
+    # Of a mixture, the experts wait in the file first: a token passes few of them, and all of the rest.
+    experts = sum(nbytes for name, nbytes in sizes.items() if ".experts." in name)
+    keep_experts = most is not None and size > most
+    keep_rest = most is not None and size - experts > most
 
     def parameter(name: str) -> Weight:
         stored = checkpoint.tensors[name].read()
         weight = converted(checkpoint.path, name, stored, dtype)
+        if sizes and isinstance(weight, np.ndarray) and weight.ndim == 1 and mapping(weight) is not None:
+            # A norm lies between matrices: reading it maps as much as 2 MiB of the file around it, for good.
+            weight = weight.copy()
         if len(weight.shape) == 2:
+            keep = keep_experts if ".experts." in name else keep_rest
             in_file = isinstance(weight, Packed) and mapping(weight) is not None
             weight = ops.prepare(weight, keep=keep or in_file)
             if in_file and not keep and isinstance(weight, Packed):
@@ -233,12 +269,14 @@ def load_weights(
             release(stored)
         return weight
 
-    weights = decoder.build(checkpoint.config, parameter)
+    weights = definition(checkpoint.config).build(checkpoint.config, parameter)
     notes = notes_on(checkpoint, dtype)
-    if keep and room is not None:
+    if room is not None and (keep_experts or checkpoint.nbytes > room):
+        what = "the experts" if experts and not keep_rest else "they"
         notes.append(
-            f"the packed weights take {size / 1e9:.1f} GB and {room / 1e9:.1f} GB of memory are available: they are "
-            "used as they lie in the file, which is slower"
+            f"the weights take {checkpoint.nbytes / 1e9:.1f} GB and {room / 1e9:.1f} GB of memory are available: "
+            f"{what} are used as they lie in the file, which is slower"
+            + (", and what memory does not hold is read from the disk each time" if checkpoint.nbytes > room else "")
         )
     return weights, tuple(notes)
 
@@ -251,7 +289,7 @@ def _plain_dtype(checkpoint: Checkpoint) -> str:
     return kinds.pop() if len(kinds) == 1 and kinds <= ITEM_SIZE.keys() else "bf16"
 
 
-def _pack(checkpoint: Checkpoint, quant: str) -> tuple[DecoderWeights, tuple[str, ...]]:
+def _pack(checkpoint: Checkpoint, quant: str) -> tuple[Weights, tuple[str, ...]]:
     """The tree with its matrices packed, one after the other: memory grows with what is packed, not with the file."""
     mix = mixes.find(quant, "--quant", among=QUANTS)
     kinds, replaced = mixes.choose(mix, checkpoint.config, {n: t.shape for n, t in checkpoint.tensors.items()})
@@ -260,9 +298,11 @@ def _pack(checkpoint: Checkpoint, quant: str) -> tuple[DecoderWeights, tuple[str
 
     def parameter(name: str) -> Weight:
         nonlocal held
-        stored, kind = checkpoint.tensors[name].read(), kinds[name]
-        if kind not in KINDS.values():
-            weight: Weight = ops.prepare(pack(checkpoint.path, name, stored, kind))
+        stored, kind = checkpoint.tensors[name].read(), kinds.get(name)
+        if kind is None:  # of the vision encoder, which stays as it is
+            weight: Weight = ops.prepare(stored) if len(stored.shape) == 2 else stored
+        elif kind not in KINDS.values():
+            weight = ops.prepare(pack(checkpoint.path, name, stored, kind))
         else:  # a vector, or rows that no block divides
             weight = converted(checkpoint.path, name, stored, "fp32" if kind == "F32" else "fp16")
             if weight is not stored:
@@ -270,7 +310,7 @@ def _pack(checkpoint: Checkpoint, quant: str) -> tuple[DecoderWeights, tuple[str
         held += weight.nbytes
         return weight
 
-    weights = decoder.build(checkpoint.config, parameter)
+    weights = definition(checkpoint.config).build(checkpoint.config, parameter)
     said = (
         f"the weights were packed to {quant} on load: {time.perf_counter() - began:.1f} s, and {held / 1e6:.0f} MB of "
         f"memory for {checkpoint.nbytes / 1e6:.0f} MB stored; `puna convert --to gguf` does it once"

@@ -4,7 +4,8 @@ What it is: the joining of shards. Meta splits a matrix over its output rows (wq
 ColumnParallelLinear) or its input columns (wo, w2: RowParallelLinear) and stores every norm in every shard.
 What it is not: the container (`torch_file`), or the meaning of `params.json` (`puna.models.config`).
 What is surprising: the embedding is split by columns in Llama 1 and 2 and by rows in Llama 3; its shape tells. And one
-shard needs no joining, so its weights stay views of the file, while joined ones are copies.
+shard needs no joining, so its weights stay views of the file, while joined ones are copies. Llama 4 and Llama 3.2
+Vision come in other pieces: their shards are handed on as they are, for `names.plan` says how they join.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ import numpy as np
 
 from puna.errors import CheckpointError
 from puna.kernels.layouts import Weight
-from puna.models import decoder
-from puna.models.config import Fields, ReadConfig, read_meta
+from puna.models.config import DecoderConfig, Fields, ReadConfig, read_meta
+from puna.models.registry import definition
 from puna.weights import names
 from puna.weights.files import LazyTensor, listed, raw, release, same_bits, wrap
-from puna.weights.torch_file import open_torch, state_tensors
+from puna.weights.torch_file import apart, open_torch, state_tensors
 
 PARAMS_NAME = "params.json"
-SHARD_NAME = re.compile(r"consolidated\.(\d\d)\.pth")
+SHARD_NAME = re.compile(r"consolidated(?:\.(\d\d))?\.pth")
+"""The one shard of the smaller models has no number in some releases."""
 
 _KEYS_VALUES = re.compile(r"layers\.\d+\.attention\.w[kv]\.weight")
 _COLUMNS = re.compile(r"layers\.\d+\.(?:attention\.wo|feed_forward\.w2)\.weight")
@@ -34,7 +36,15 @@ _COLUMNS = re.compile(r"layers\.\d+\.(?:attention\.wo|feed_forward\.w2)\.weight"
 
 def shard_paths(folder: Path) -> list[Path]:
     """The shards in order. Raises CheckpointError when a number is missing between the first and the last."""
-    found = {int(m[1]): path for path in folder.iterdir() if (m := SHARD_NAME.fullmatch(path.name))}
+    found: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if m := SHARD_NAME.fullmatch(path.name):
+            if int(m[1] or 0) in found:
+                raise CheckpointError(
+                    f"{folder}: both {found[0].name} and {path.name} are there.",
+                    remedy="Name one model a folder: remove the other.",
+                )
+            found[int(m[1] or 0)] = path
     absent = [f"consolidated.{i:02d}.pth" for i in range(max(found, default=0) + 1) if i not in found]
     if absent:
         raise _absent(folder, absent)
@@ -45,16 +55,21 @@ def _absent(folder: Path, absent: Sequence[str]) -> CheckpointError:
     return CheckpointError(f"{folder}: shards missing: {listed(absent)}.", remedy="Fetch them into that folder.")
 
 
-def read(folder: Path, params: Mapping[str, Any]) -> tuple[ReadConfig, dict[str, LazyTensor]]:
-    """Config, and tensors by Meta's names, joined over the shards.
+def read(folder: Path, params: Mapping[str, Any]) -> tuple[ReadConfig, list[Mapping[str, LazyTensor]], tuple[str, ...]]:
+    """Config; tensors by Meta's names, of a dense model joined over the shards, of others those of each shard, which
+    `names.plan` knows how to join; and what lies there besides and is no tensor.
 
     Raises CheckpointError for shards that are missing or do not fit together, ConfigError for `params`.
     """
     source = str(folder / PARAMS_NAME)
-    shards = []
+    if isinstance(params.get("model"), Mapping):  # where some releases keep the model's numbers
+        params = params["model"]
+    shards, besides = [], dict[str, None]()
     for path in shard_paths(folder):
         file = open_torch(path)
-        shards.append(state_tensors(file, file.value))
+        opaque, state = apart(file.value)
+        besides |= dict.fromkeys(opaque)
+        shards.append(state_tensors(file, state))
     first = shards[0]
     for i, shard in enumerate(shards):
         if odd := shard.keys() ^ first.keys():
@@ -65,40 +80,46 @@ def read(folder: Path, params: Mapping[str, Any]) -> tuple[ReadConfig, dict[str,
     parts = {name: [shard[name] for shard in shards] for name in first}
     _check_count(folder, params, parts)
     read_config = read_meta(params, source, vocab_size=_vocabulary(folder, params, parts))
-    shapes = {names.foreign(name, "meta"): shape for name, shape in decoder.shapes(read_config.config).items()}
+    config = read_config.config
+    if type(config) is not DecoderConfig:
+        return read_config, list(shards), tuple(besides)
+    shapes = {names.foreign(name, "meta"): shape for name, shape in definition(config).shapes(config).items()}
     # A tied model may still store its head, which is laid out like the one of an untied model.
-    shapes.setdefault("output.weight", (read_config.config.vocab_size, read_config.config.dim))
-    return read_config, {
+    shapes.setdefault("output.weight", (config.vocab_size, config.dim))
+    whole = {
         name: joined(folder, name, pieces, shapes[name]) if name in shapes else pieces[0]
         for name, pieces in parts.items()
     }
+    return read_config, [whole], tuple(besides)
 
 
 def _check_count(folder: Path, params: Mapping[str, Any], parts: Mapping[str, list[LazyTensor]]) -> None:
-    """The number of shards, from the rows of wq in one of them: a missing last shard leaves no gap in the numbers."""
+    """The number of shards, from the rows of wq (Llama 4: of wqkv) in one of them: a missing last shard leaves no gap
+    in the numbers."""
     f = Fields(params, str(folder / PARAMS_NAME))
     dim, heads = f.integer("dim"), f.integer("n_heads")
-    rows_in_all = heads * f.integer("head_dim", max(1, dim // heads))
-    wq = parts.get("layers.0.attention.wq.weight")
-    rows = wq[0].shape[0] if wq and wq[0].shape else 0
-    if not wq or not rows or rows_in_all % rows:
+    fused = "layers.0.attention.wqkv.weight"
+    every = heads + 2 * f.integer("n_kv_heads", heads) if fused in parts else heads
+    rows_in_all = every * f.integer("head_dim", max(1, dim // heads))
+    names = (fused, "layers.0.attention.wq.weight", "text_model.layers.0.attention.wq.weight")
+    pieces: list[LazyTensor] = next((parts[name] for name in names if name in parts), [])
+    rows = pieces[0].shape[0] if pieces and pieces[0].shape else 0
+    if not rows or rows_in_all % rows:
         return  # the comparison of every shape says it better
     needed = rows_in_all // rows
-    if needed > len(wq):
-        raise _absent(folder, [f"consolidated.{i:02d}.pth" for i in range(len(wq), min(needed, 100))])
+    if needed > len(pieces):
+        raise _absent(folder, [f"consolidated.{i:02d}.pth" for i in range(len(pieces), min(needed, 100))])
 
 
 def _vocabulary(folder: Path, params: Mapping[str, Any], parts: Mapping[str, list[LazyTensor]]) -> int | None:
     """Rows of the whole embedding, which Llama 1 and 2 leave out of `params.json`."""
-    pieces = parts.get("tok_embeddings.weight")
+    pieces = parts.get("tok_embeddings.weight") or parts.get("text_model.tok_embeddings.weight")
     if not pieces or len(pieces[0].shape) != 2:
         return None
     rows, columns = pieces[0].shape
-    return (
-        rows
-        if columns * len(pieces) == Fields(params, str(folder / PARAMS_NAME)).integer("dim")
-        else rows * len(pieces)
-    )
+    dim = Fields(params, str(folder / PARAMS_NAME)).integer("dim")
+    # One shard has all columns, and Llama 3 and later split the rows.
+    return rows if columns != dim and columns * len(pieces) == dim else rows * len(pieces)
 
 
 def joined(folder: Path, name: str, pieces: list[LazyTensor], shape: tuple[int, ...]) -> LazyTensor:

@@ -101,7 +101,7 @@ def pull_meta(
     names = ["params.json", "tokenizer.model", *shards]
     # Llama 2's tokenizer lies beside the models' folders, with a checklist of its own.
     apart = entry.generation == "llama2"
-    expected = entry.download_bytes or 0
+    expected = entry.download_bytes
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _make_room(folder, expected, entry.short_name)

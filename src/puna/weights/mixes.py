@@ -1,10 +1,12 @@
 """Which block type each tensor of a model gets: `Q4_K_M` and its kin, as other programs mean them.
 
-What it is: the rule by which llama.cpp chooses types, for dense Llamas, written down for the mixes people use.
+What it is: the rule by which llama.cpp chooses types, for dense Llamas and Llama 4, written down for the mixes people
+use.
 What it is not: the packing (`kernels.encode`), or a search for a better mix.
 What is surprising: a mix's name is the type of most tensors, not of all. The head (or the embedding where that serves
 as the head) gets Q6_K, and some layers' values and feed-forward outputs more bits than the rest. A type of 256 numbers
-does not fit rows that are no multiple of that; then the next larger type of 32 takes its place, which is noted.
+does not fit rows that are no multiple of that; then the next larger type of 32 takes its place, which is noted. An
+expert's matrices go by the rule of the layer's, the router stays F32, and a vision encoder is not packed at all.
 """
 
 from __future__ import annotations
@@ -50,13 +52,16 @@ def find(name: str, flag: str, among: Collection[str] = tuple(MIXES)) -> Mix:
 def choose(mix: Mix, config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, str], list[str]]:
     """Canonical name → block type for every parameter of `shapes`, and notes on those that cannot have the mix's own.
 
-    Vectors (norms, biases) stay F32, as every reader of GGUF expects.
+    Vectors (norms, biases) and a few small tensors stay F32, as every reader of GGUF expects; matrices of a vision
+    encoder are left out: they stay as they are stored.
     """
     kinds: dict[str, str] = {}
     replaced: Counter[tuple[str, str, int]] = Counter()
     for name, shape in shapes.items():
-        if len(shape) == 1:
+        if stays_plain(name, shape):
             kinds[name] = "F32"
+            continue
+        if is_vision(name):
             continue
         wanted = kind = _wanted(mix, config, name, shape[-1])
         if shape[-1] % blocks.TYPES[kind].block:
@@ -74,6 +79,22 @@ def choose(mix: Mix, config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]
     return kinds, notes
 
 
+def is_vision(name: str) -> bool:
+    """Whether a parameter belongs to the vision encoder, or to what carries its features to the text."""
+    return name.startswith(("vision.", "projector."))
+
+
+def stays_plain(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is F32 in every GGUF: vectors, a mixture's router, and a vision encoder's first tensors.
+
+    llama.cpp's converter does so (conversion/base.py, `prepare_tensors`, `tensor_force_quant`).
+    """
+    return len(shape) == 1 or name.endswith(".router.weight") or name in _PLAIN_VISION
+
+
+_PLAIN_VISION = ("vision.patch.weight", "vision.position_embedding")
+
+
 def _wanted(mix: Mix, config: DecoderConfig, name: str, columns: int) -> str:
     """llama.cpp's choice for a matrix, before its rows are looked at (llama-quant.cpp, `llama_tensor_get_type`)."""
     base = mix.base
@@ -83,7 +104,7 @@ def _wanted(mix: Mix, config: DecoderConfig, name: str, columns: int) -> str:
         return "Q8_0" if base == "Q8_0" or columns % blocks.TYPES[base].block else "Q6_K"
     if name in ("embedding", "head"):
         return base
-    _, layer, part, _ = name.split(".")
+    _, layer, *_, part, _ = name.split(".")  # an expert's `down` and the shared one's are a `down`
     if part == "v":
         return _value_kind(mix, config, int(layer))
     if part == "down":

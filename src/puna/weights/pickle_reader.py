@@ -55,6 +55,11 @@ class StoredTensor:
     stride: tuple[int, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Opaque:
+    """A file of bytes in memory (`io.BytesIO`), which Meta's files of Llama 4 hold beside tensors; dropped."""
+
+
 STORAGE_DTYPES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
     "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
@@ -70,8 +75,11 @@ _REBUILD_TENSOR = Global("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_PARAMETER = Global("torch._utils", "_rebuild_parameter")
 _ORDERED_DICT = Global("collections", "OrderedDict")
 _SIZE = Global("torch", "Size")
+_BYTES_IO = Global("_io", "BytesIO")
+_ENCODE = Global("_codecs", "encode")  # protocol 2 says bytes as a text and this
+_NO_BYTES = Global("__builtin__", "bytes")
 _KNOWN = (
-    {_REBUILD_TENSOR, _REBUILD_PARAMETER, _ORDERED_DICT, _SIZE}
+    {_REBUILD_TENSOR, _REBUILD_PARAMETER, _ORDERED_DICT, _SIZE, _BYTES_IO, _ENCODE, _NO_BYTES}
     | {Global("torch", name) for name in STORAGE_DTYPES}
     | {Global("torch", name) for name in ITEM_SIZES}
 )
@@ -218,6 +226,8 @@ class _Machine:
             self.push({})  # torch fills it by SETITEMS
         elif function == _SIZE and len(arguments) == 1 and isinstance(arguments[0], tuple):
             self.push(arguments[0])
+        elif (function == _ENCODE and arguments[1:] == ("latin1",)) or (function == _NO_BYTES and arguments == ()):
+            self.push(Opaque())
         else:
             raise self.fault(f"its pickle calls {function.module}.{function.name} as torch never does")
 
@@ -251,9 +261,18 @@ class _Machine:
             raise self.fault(f"its pickle describes storage {storage.key!r} in two ways")
         self.push(storage)
 
+    def new(self) -> None:
+        """An object made by its class: only a file of bytes in memory."""
+        arguments, kind = self.pop(), self.pop()
+        if kind != _BYTES_IO or arguments != ():
+            raise self.fault("its pickle makes an object that is no tensor")
+        self.push(Opaque())
+
     def build(self) -> None:
         """State set on an object: torch sets `_metadata` (versions of modules) on a state dict. Dropped."""
         state, target = self.pop(), self.top()
+        if isinstance(target, Opaque) and isinstance(state, tuple):
+            return
         if not isinstance(target, dict | StoredTensor) or not isinstance(state, dict):
             raise self.fault("its pickle sets the state of something that is no dictionary")
 
@@ -334,6 +353,7 @@ _ACTIONS: dict[int, Callable[[_Machine], None]] = {
     0x63: lambda m: m.refer(m.line(), m.line()),  # GLOBAL
     0x93: _Machine.stack_global,  # STACK_GLOBAL
     0x52: _Machine.reduce,  # REDUCE
+    0x81: _Machine.new,  # NEWOBJ
     0x62: _Machine.build,  # BUILD
     0x51: _Machine.persistent,  # BINPERSID
 }

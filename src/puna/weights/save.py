@@ -20,7 +20,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-from puna.kernels.layouts import Weight
 from puna.weights.files import LazyTensor, raw, release
 from puna.weights.safetensors import DTYPES, INDEX_NAME, SINGLE_NAME
 
@@ -79,18 +78,19 @@ def _write_shard(path: Path, tensors: Sequence[LazyTensor], progress: Progress) 
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered:
-            for block in blocks(tensor.read()):
+            for block in blocks(tensor):
                 file.write(block)
                 progress(len(block))
         sync(file)
 
 
-def blocks(weight: Weight) -> Iterator[memoryview]:
-    """The bytes of a weight in row-major order, some at a time."""
-    view = np.ascontiguousarray(raw(weight)).reshape(-1).view(np.uint8).data
-    for at in range(0, len(view), _BLOCK):
-        yield view[at : at + _BLOCK]
-    release(weight)
+def blocks(tensor: LazyTensor) -> Iterator[memoryview]:
+    """The bytes of a tensor in row-major order, some at a time."""
+    for weight in (tensor.read(),) if tensor.pieces is None else tensor.pieces():
+        view = np.ascontiguousarray(raw(weight)).reshape(-1).view(np.uint8).data
+        for at in range(0, len(view), _BLOCK):
+            yield view[at : at + _BLOCK]
+        release(weight)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -117,7 +117,7 @@ def write_torch(path: Path, tensors: Sequence[LazyTensor], same: Mapping[str, st
         archive.add("data.pkl", [memoryview(_pickle(items))])
         archive.add("byteorder", [memoryview(b"little")])
         for tensor in tensors:
-            archive.add(f"data/{keys[tensor.name]}", blocks(tensor.read()), progress)
+            archive.add(f"data/{keys[tensor.name]}", blocks(tensor), progress)
         archive.add("version", [memoryview(b"3\n")])
         archive.close()
         sync(file)

@@ -10,11 +10,13 @@ What is surprising: the file is not synced to the disk. After a power cut its su
     0       8          "PUNASESS"
     8       4          version, 1 (numbers are little-endian)
     12      4          bytes H of the header, at most 64 KiB
-    16      H          the header, JSON: identity (an object of texts), page, page_bytes, tokens N, pages P <= N / page
+    16      H          the header, JSON: identity (an object of texts), page, page_bytes, tokens N, pages P <= N / page;
+                       local_page_bytes and local_pages too where layers see one chunk only
     ...     4 N        token ids
     ...     32 P       SHA-256 of each page
     ...     32         SHA-256 of all that stands before it
-    ...                pages, each from a multiple of 64 bytes on; the file ends with the last of them
+    ...                pages, each from a multiple of 64 bytes on; the file ends with the last of them. The last
+                       local_pages of them have local_page_bytes more each
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +65,8 @@ class SavedSession:
     page: int
     page_bytes: int
     page_count: int
+    local_page_bytes: int
+    local_pages: int
     _sums: bytes
     _start: int
 
@@ -70,32 +75,36 @@ class SavedSession:
 
         Raises CheckpointError where the file is not there any more.
         """
-        step = _aligned(self.page_bytes)
+        sizes = _sizes(self.page_count, self.page_bytes, self.local_pages, self.local_page_bytes)
+        starts = _starts(self._start, sizes)
         with ExitStack() as stack:
             try:
                 files = [stack.enter_context(self.path.open("rb", buffering=0)) for _ in range(AHEAD)]
             except OSError as error:
                 raise unreadable(self.path, error) from error
-            buffers = [memoryview(bytearray(self.page_bytes)) for _ in range(min(AHEAD, self.page_count))]
+            buffers = [memoryview(bytearray(max(sizes))) for _ in range(min(AHEAD, self.page_count))]
+
+            def page(i: int) -> memoryview:
+                return buffers[i % AHEAD][: sizes[i]]
 
             def fill(i: int) -> bool:
-                file, rest = files[i % AHEAD], buffers[i % AHEAD]
+                file, rest = files[i % AHEAD], page(i)
                 try:
-                    file.seek(self._start + i * step)
+                    file.seek(starts[i])
                     while rest:
                         if not (got := file.readinto(rest)):
                             return False
                         rest = rest[got:]
                 except OSError:  # a page on a part of the disk that fails is a page that is not good
                     return False
-                return _sum(buffers[i % AHEAD]) == self._sums[i * _SUM : (i + 1) * _SUM]
+                return _sum(page(i)) == self._sums[i * _SUM : (i + 1) * _SUM]
 
             pool = stack.enter_context(ThreadPoolExecutor(THREADS, "puna-session"))
             filling = deque(pool.submit(fill, i) for i in range(min(AHEAD, self.page_count)))
             for i in range(self.page_count):
                 if not filling.popleft().result():
                     return
-                yield buffers[i % AHEAD]
+                yield page(i)
                 if i + AHEAD < self.page_count:
                     filling.append(pool.submit(fill, i + AHEAD))
 
@@ -109,21 +118,26 @@ def write_session(
     count: int,
     page: int,
     page_bytes: int,
+    local_pages: int = 0,
+    local_page_bytes: int = 0,
 ) -> None:
     """Write `count` pages of `page` tokens each, and the whole text they begin; all of the file appears, or nothing.
 
+    Each has `page_bytes`, the last `local_pages` of them `local_page_bytes` more (0: the model has no such pages).
     An older session is replaced, no other file is. A page in memory at a time, and one whose sum is being computed.
     Raises UsageError where another file is there, PunaError where the disk has no room.
     """
     if path.exists() and not _recognised(path):
         raise UsageError(f"{path}: is there, and no saved session.", remedy="Name another file.")
     said = {"identity": dict(identity), "page": page, "page_bytes": page_bytes, "tokens": len(tokens), "pages": count}
+    if local_page_bytes:
+        said |= {"local_page_bytes": local_page_bytes, "local_pages": local_pages}
     header = json.dumps(said).encode()
     head = _START.pack(MAGIC, VERSION, len(header)) + header + np.array(tokens, "<i4").tobytes()
     start = _aligned(len(head) + (count + 1) * _SUM)
-    step = _aligned(page_bytes)
+    starts = _starts(start, _sizes(count, page_bytes, local_pages, local_page_bytes))
     with (
-        appearing(path, start + count * step, replace=True) as unfinished,
+        appearing(path, starts[-1], replace=True) as unfinished,
         unfinished.open("xb", buffering=0) as file,
         ThreadPoolExecutor(THREADS, "puna-session") as pool,
     ):
@@ -131,7 +145,7 @@ def write_session(
         adding: deque[Future[bytes]] = deque()
         for i, data in enumerate(pages):
             adding.append(pool.submit(_sum, data))
-            file.seek(start + i * step)
+            file.seek(starts[i])
             _write(file, data)
             if len(adding) == THREADS:
                 sums.append(adding.popleft().result())
@@ -165,17 +179,21 @@ def open_session(path: Path, vocab_size: int) -> SavedSession:
             header = file.read(length)
             said = parse_json(header, str(path))
             names = ("page", "page_bytes", "tokens", "pages")
-            need(said.keys() == {"identity", *names}, "its header has other keys")
+            more = ("local_page_bytes", "local_pages") if "local_pages" in said else ()
+            need(said.keys() == {"identity", *names, *more}, "its header has other keys")
             identity: Any = said["identity"]
             need(
                 isinstance(identity, dict) and all(isinstance(value, str) for value in identity.values()),
                 "its identity is not an object of texts",
             )
             need(
-                all(type(said[name]) is int and 0 <= said[name] <= size for name in names), "its numbers do not fit it"
+                all(type(said[name]) is int and 0 <= said[name] <= size for name in (*names, *more)),
+                "its numbers do not fit it",
             )
             page, page_bytes, count, pages = (said[name] for name in names)
+            local_page_bytes, local_pages = (said[name] for name in more) if more else (0, 0)
             need(page > 0 and page_bytes > 0 and pages * page <= count, "its numbers do not fit each other")
+            need(local_pages <= pages and (not more or local_page_bytes > 0), "its numbers do not fit each other")
             end = _START.size + length + 4 * count + pages * _SUM
             need(end + _SUM <= size, "it is cut short in its head")
             rest = file.read(4 * count + pages * _SUM)
@@ -183,11 +201,14 @@ def open_session(path: Path, vocab_size: int) -> SavedSession:
     except OSError as error:
         raise unreadable(path, error) from error
     start = _aligned(end + _SUM)
-    last = start + (pages - 1) * _aligned(page_bytes) + page_bytes if pages else end + _SUM
-    need(size <= last, "it is longer than its head says")
+    sizes = _sizes(pages, page_bytes, local_pages, local_page_bytes)
+    need(size <= (_starts(start, sizes)[-2] + sizes[-1] if pages else end + _SUM), "it is longer than its head says")
     tokens = np.frombuffer(rest, "<i4", count)
     need(not count or (tokens.min() >= 0 and tokens.max() < vocab_size), "its tokens are outside the vocabulary")
-    return SavedSession(path, identity, tuple(tokens.tolist()), page, page_bytes, pages, rest[4 * count :], start)
+    sums = rest[4 * count :]
+    return SavedSession(
+        path, identity, tuple(tokens.tolist()), page, page_bytes, pages, local_page_bytes, local_pages, sums, start
+    )
 
 
 def model_identity(checkpoint: Checkpoint, *options: str) -> str:
@@ -209,6 +230,16 @@ def model_identity(checkpoint: Checkpoint, *options: str) -> str:
             begin = (len(data) - SAMPLE) * i // (SAMPLES - 1) if len(data) > SAMPLE else 0
             found.update(data[begin : begin + SAMPLE].tobytes())
     return found.hexdigest()
+
+
+def _sizes(pages: int, page_bytes: int, local_pages: int, local_page_bytes: int) -> list[int]:
+    """Bytes of each page."""
+    return [page_bytes] * (pages - local_pages) + [page_bytes + local_page_bytes] * local_pages
+
+
+def _starts(start: int, sizes: list[int]) -> list[int]:
+    """Where in the file each page begins, and where the next would."""
+    return list(accumulate(map(_aligned, sizes), initial=start))
 
 
 def _sum(data: bytes | memoryview) -> bytes:

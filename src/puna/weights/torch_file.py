@@ -24,7 +24,7 @@ import numpy as np
 from puna.errors import CheckpointError
 from puna.kernels.layouts import Weight
 from puna.weights.files import ITEM_SIZE, LazyTensor, MappedFile, listed, raw, shown, wrap
-from puna.weights.pickle_reader import ITEM_SIZES, LARGEST_PICKLE, Storage, StoredTensor, read_pickle
+from puna.weights.pickle_reader import ITEM_SIZES, LARGEST_PICKLE, Opaque, Storage, StoredTensor, read_pickle
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 """The types a weight may have, as Puna calls them."""
@@ -105,6 +105,19 @@ def open_torch(path: Path) -> TorchFile:
     return _open_zip(file) if file.bytes[:4] == b"PK\x03\x04" else _open_legacy(file)
 
 
+def apart(state: Any) -> tuple[tuple[str, ...], Any]:
+    """The `_extra_state` in a state dict (what Meta's libraries noted, files of bytes in memory) by name; the rest."""
+    if not isinstance(state, dict):
+        return (), state
+    opaque = tuple(
+        key
+        for key, value in state.items()
+        if isinstance(value, Opaque) and isinstance(key, str) and key.endswith("._extra_state")
+    )
+    found = set(opaque)
+    return opaque, {key: value for key, value in state.items() if key not in found}
+
+
 def state_tensors(file: TorchFile, state: Any) -> dict[str, LazyTensor]:
     """The tensors of a state dict by the names it gives them. Raises CheckpointError when it is none."""
     source = str(file.file.path)
@@ -113,8 +126,9 @@ def state_tensors(file: TorchFile, state: Any) -> dict[str, LazyTensor]:
     tensors: dict[str, LazyTensor] = {}
     for key, tensor in state.items():
         if not isinstance(key, str) or not isinstance(tensor, StoredTensor):
+            what = "file of bytes" if isinstance(tensor, Opaque) else type(tensor).__name__
             raise CheckpointError(
-                f"{source}: {shown(key)} is a {type(tensor).__name__} and not a tensor.",
+                f"{source}: {shown(key)} is a {what} and not a tensor.",
                 remedy="Save torch.save(model.state_dict()) alone.",
             )
         dtype = DTYPES.get(tensor.storage.dtype, tensor.storage.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from tests.unit.weights.family_models import llama4, mllama, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from puna.engine.native_runner import host_runner
@@ -21,6 +22,7 @@ from puna.engine.runner import Batch
 from puna.errors import CheckpointError, ConfigError
 from puna.kernels import ops
 from puna.kernels.layouts import PageTable
+from puna.models.llama3_vision_config import MllamaConfig
 from puna.weights.adapter import CONFIG, TENSORS, read_adapter
 from puna.weights.checkpoint import open_checkpoint
 from puna.weights.load import load_weights
@@ -147,3 +149,33 @@ def test_adapters_of_other_models_and_damaged_ones(folder: Path, tmp_path: Path)
     (target / TENSORS).unlink()
     with pytest.raises(CheckpointError, match="there is no adapter_model"):
         read_adapter(target, config)
+
+
+@pytest.mark.parametrize("make", [llama4, mllama])
+def test_models_that_see_have_other_names(make: Callable[..., Any], tmp_path: Path) -> None:
+    """The text's matrices, in the hub's order whatever the model's: neighbours of a Llama 4 stay where they are."""
+    config = open_checkpoint(save(make(), tmp_path / "hub", torch.float32)).config
+    adapted = adapted_queries(make(), "self", tmp_path / "adapter")
+    found = read_adapter(tmp_path / "adapter", config)
+    cross = config.cross_layers if isinstance(config, MllamaConfig) else ()
+    assert list(found.pairs) == [f"layers.{i}.q" for i in range(config.layers) if i not in cross]
+    saved = {name: tensor for name, tensor in adapted.state_dict().items() if "layers.2." in name and "lora_B" in name}
+    (rows,) = saved.values()
+    assert np.array_equal(found.pairs["layers.2.q"][1], rows.numpy())
+
+
+def test_an_adapter_of_layers_that_look_at_pictures_is_refused(tmp_path: Path) -> None:
+    config = open_checkpoint(save(mllama(), tmp_path / "hub", torch.float32)).config
+    adapted_queries(mllama(), "cross", tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"layers\.1\.cross_attn\.q_proj.* belongs to no matrix"):
+        read_adapter(tmp_path / "adapter", config)
+
+
+def adapted_queries(model: Any, kind: str, folder: Path) -> Any:
+    """The model with an adapter of PEFT's on the queries of its `kind` of attention, which is saved."""
+    target = rf"(.*language_model\..*layers\.\d+\.{kind}_attn\.q_proj)"
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, lora_alpha=2, target_modules=target, init_lora_weights=False)
+    )
+    adapted.save_pretrained(folder)
+    return adapted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import collections
 import functools
+import io
 import os
 import pickle
 import struct
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puna.errors import CheckpointError
-from puna.weights.pickle_reader import Global, Storage, StoredTensor, read_pickle
+from puna.weights.pickle_reader import Global, Opaque, Storage, StoredTensor, read_pickle
 
 
 class Call:
@@ -87,9 +88,22 @@ def test_known_names_cannot_be_abused() -> None:
         b"ctorch._utils\n_rebuild_parameter\nK\x01K\x01K\x01\x87R",
         b"ctorch\nSize\n]\x85R",
         b"K\x01K\x01R",
+        b"c_io\nBytesIO\nK\x01\x85\x81",
+        b"ctorch\nFloatStorage\n)\x81",
+        b"c_io\nBytesIO\n)R",
+        b"c_io\nBytesIO\n)\x81}b",
+        b"c_codecs\nencode\nX\x01\0\0\0aX\x05\0\0\0utf-8\x86R",
+        b"c__builtin__\nbytes\nK\x09\x85R",
     ):
         with pytest.raises(CheckpointError):
             read_pickle(b"\x80\x02" + body + b".", "x.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x01hello"])
+def test_files_of_bytes_are_there_without_their_bytes(content: bytes) -> None:
+    value, _, _ = read_pickle(pickle.dumps({"a": io.BytesIO(content), "b": 1}, 2), "x.pt")
+    assert isinstance(value["a"], Opaque)
+    assert value["b"] == 1
 
 
 def storage(count: int, key: bytes = b"0", kind: bytes = b"FloatStorage") -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
@@ -60,7 +61,7 @@ def test_an_empty_text(tmp_path: Path) -> None:
     assert loaded(tmp_path / "a") == ((), [])
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_a_changed_byte_costs_its_page_or_everything(whole: tuple[Path, bytes], data: st.DataObject) -> None:
     path, good = whole
@@ -81,7 +82,7 @@ def test_a_changed_byte_costs_its_page_or_everything(whole: tuple[Path, bytes], 
         open_session(path, 50)
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_a_cut_file_gives_what_is_whole(whole: tuple[Path, bytes], data: st.DataObject) -> None:
     path, good = whole
@@ -95,7 +96,7 @@ def test_a_cut_file_gives_what_is_whole(whole: tuple[Path, bytes], data: st.Data
         assert loaded(path) == (tuple(TOKENS), PAGES[: (size - first + 28) // 128])
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=400))
 def test_any_bytes_are_refused_by_a_typed_error(whole: tuple[Path, bytes], data: bytes) -> None:
     path, _ = whole
@@ -236,3 +237,43 @@ def test_models_are_told_apart() -> None:
     began = time.perf_counter()
     model_identity(checkpoint)
     assert time.perf_counter() - began < 0.5
+
+
+LONGER = [*PAGES[:5], *(page + b"local" * 3 for page in PAGES[5:])]
+
+
+def save_longer(path: Path, pages: list[bytes] = LONGER, local_pages: int = 2) -> bytes:
+    write_session(
+        path, IDENTITY, TOKENS, iter(pages), count=len(pages), page=4, page_bytes=100, local_pages=local_pages,
+        local_page_bytes=15,
+    )  # fmt: skip
+    return path.read_bytes()
+
+
+def test_the_last_pages_may_be_longer(tmp_path: Path) -> None:
+    data = save_longer(tmp_path / "a")
+    found = open_session(tmp_path / "a", 50)
+    assert (found.page_count, found.local_pages, found.local_page_bytes) == (7, 2, 15)
+    assert [bytes(page) for page in found.pages()] == LONGER
+    assert [data.index(page) % 64 for page in LONGER] == [0] * 7
+    assert len(data) == data.index(LONGER[-1]) + 115
+    (tmp_path / "a").write_bytes(data[:-1])
+    assert [bytes(page) for page in open_session(tmp_path / "a", 50).pages()] == LONGER[:-1]
+    (tmp_path / "a").write_bytes(data + b"x")
+    with pytest.raises(CheckpointError, match="longer than its head says"):
+        open_session(tmp_path / "a", 50)
+    save_longer(tmp_path / "b", [], 0)
+    assert list(open_session(tmp_path / "b", 50).pages()) == []
+
+
+@pytest.mark.parametrize(("old", "new"), [(b'"local_pages": 2', b'"local_pages": 8'), (b'_bytes": 15', b'_bytes": 0 ')])
+def test_numbers_of_longer_pages_that_do_not_fit(tmp_path: Path, old: bytes, new: bytes) -> None:
+    data = bytearray(save_longer(tmp_path / "a"))
+    data[data.index(old) : data.index(old) + len(old)] = new
+    head = data.index(PAGES[0]) // 64 * 64
+    end = 16 + int.from_bytes(data[12:16], "little") + 4 * len(TOKENS) + 32 * 7
+    assert end + 32 <= head
+    data[end : end + 32] = hashlib.sha256(data[:end]).digest()
+    (tmp_path / "a").write_bytes(data)
+    with pytest.raises(CheckpointError, match="do not fit each other"):
+        open_session(tmp_path / "a", 50)
