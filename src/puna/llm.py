@@ -13,21 +13,24 @@ from functools import cached_property, partial
 from numbers import Integral
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, cast
 from weakref import WeakValueDictionary
 
 import numpy as np
 
+from puna import images as pictured
 from puna import sessions
 from puna.engine.engine import Engine, Progress
 from puna.engine.native_runner import host_runner
-from puna.engine.runner import Hidden, Logits, Runner
+from puna.engine.pictures import Shown
+from puna.engine.runner import Hidden, Logits, Runner, window
 from puna.engine.speculation import PromptLookup, Proposer
-from puna.errors import ChatFormatError, DeviceError, QueueFullError, UsageError
+from puna.errors import ChatFormatError, DeviceError, PictureError, QueueFullError, UsageError
+from puna.images import Image
 from puna.kernels import ops
-from puna.kernels.layouts import mapping
+from puna.kernels.layouts import Mapped, mapping
 from puna.models.config import DecoderConfig
-from puna.models.tree import DecoderWeights, leaves
+from puna.models.tree import Weights, leaves
 from puna.plan import CacheBudget, cache_budget
 from puna.sessions import Restored
 from puna.stream import About, Job, Stream
@@ -36,6 +39,8 @@ from puna.types import (
     SPECULATIONS,
     Answer,
     Grammar,
+    Infill,
+    Judge,
     Message,
     Pooling,
     Prompt,
@@ -53,6 +58,7 @@ from puna.weights.limits import available
 if TYPE_CHECKING:
     from puna.engine.grammar import Grammars
     from puna.text.chat import ChatFormat
+    from puna.text.pictures import Processor
     from puna.text.tokenizer import Tokenizer
 
 __all__ = ["LLM", "SEQUENCES", "Restored", "Stream", "torch_engine"]
@@ -60,6 +66,14 @@ __all__ = ["LLM", "SEQUENCES", "Restored", "Stream", "torch_engine"]
 SEQUENCES = 16
 """Answers of a full context that the cache has room for, where the memory has: several streams share it, and adapters
 take their memory from it."""
+
+
+class Prepared(NamedTuple):
+    """A prompt for the engine: its ids, those that the answer's text continues, and the pictures that stand in it."""
+
+    ids: list[int]
+    follows: list[int]
+    pictures: tuple[Shown, ...] = ()
 
 
 class LLM:
@@ -129,11 +143,12 @@ class LLM:
         """Every token that ends an answer: the tokenizer's, and those the model's own config names."""
         self.device = device
         runner: Runner
-        small, to_come = None, _mapped(loaded.weights)
+        small, free = None, available()
+        to_come = _mapped(loaded.weights, free)
         if draft is not None:
             small, more = self._draft_model(str(draft), kv_type)
             to_come += more
-        free = available()
+            free = available()
         if device == "cpu":
             runner = host_runner(loaded.config, loaded.weights, kv_type)
             self.kernels = ops.summary()
@@ -152,8 +167,10 @@ class LLM:
             available=free,
             to_come=to_come,
             asked=None if kv_memory is None else int(kv_memory * 1e9),
-            draft_page_bytes=small.page_bytes if small else 0,
+            draft_page_bytes=small.page_bytes + small.local_page_bytes if small else 0,
             draft_context=small.config.context_length if small else 0,
+            local_page_bytes=runner.local_page_bytes,
+            window=window(loaded.config, runner.page),
         )
         """The memory of the cache that all answers share."""
         if self.cache.tokens < loaded.config.context_length:
@@ -174,9 +191,10 @@ class LLM:
             self.notes = (
                 *self.notes,
                 f"of the cache's {self.cache.nbytes / 1e6:,.0f} MB the draft model's takes "
-                f"{self.cache.draft_pages * small.page_bytes / 1e6:,.0f} MB",
+                f"{self.cache.draft_pages * (small.page_bytes + small.local_page_bytes) / 1e6:,.0f} MB",
             )
-        self._engine = Engine(runner, pages=self.cache.pages, speculate=guess)
+        local = self.cache.local_pages or None
+        self._engine = Engine(runner, pages=self.cache.pages, speculate=guess, local_pages=local)
         self._engine_taken = False
         # Weak: a stream that nobody holds any more is not computed to its end.
         self._streams: WeakValueDictionary[int, Stream | Job] = WeakValueDictionary()
@@ -202,24 +220,49 @@ class LLM:
                 remedy="A draft model has the same tokenizer: name a smaller model of the same family.",
             )
         if self.device == "cpu":
-            return host_runner(small.config, small.weights, kv_type), _mapped(small.weights)
+            return host_runner(small.config, small.weights, kv_type), _mapped(small.weights, available())
         on_device: Runner = torch_engine(self.device).TorchRunner(small.config, small.weights, self.device, kv_type)
         return on_device, 0
 
+    @property
+    def sees(self) -> bool:
+        """Whether messages may hold pictures."""
+        return self._runner.sees and self.chat_format is not None and self.chat_format.sees
+
     def encode(
         self,
-        prompt: str | Sequence[Message],
+        prompt: str | Sequence[Message] | Infill | Judge,
         *,
         system: str | None = None,
         raw: bool = False,
         tools: Sequence[Tool] = (),
     ) -> list[int]:
         """The token ids that `stream` starts from: BOS and the text, or the chat rendered by the model's own format,
-        with the tools that it is told about.
+        with the tools that it is told about, and those that stand for its pictures; for a gap and for what a guard
+        judges, the form that is trained for it.
 
         Raises ChatFormatError for messages without a chat format and tools that it cannot tell about, UsageError for a
-        system message or tools with `raw`.
+        system message or tools with `raw`, a gap where the model fills none, and a judgement by a model that is no
+        guard, PictureError for pictures where the model is blind, and for bad ones.
         """
+        return self._encoded(prompt, system=system, raw=raw, tools=tools)[0]
+
+    def _encoded(
+        self,
+        prompt: str | Sequence[Message] | Infill | Judge,
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        tools: Sequence[Tool] = (),
+    ) -> tuple[list[int], tuple[Shown, ...]]:
+        """As `encode`, with the pictures."""
+        if isinstance(prompt, Infill | Judge):
+            if system is not None or tools:
+                raise UsageError(
+                    "A gap, or what a guard judges, has no place for a system message or tools.",
+                    remedy="Leave them out.",
+                )
+            return self._special_ids(prompt), ()
         if tools and isinstance(prompt, str) and (raw or self.chat_format is None):
             why = "raw text has no place for them" if raw else f"{self.name} has no chat format"
             raise UsageError(f"Tools cannot be honoured: {why}.", remedy="Leave them out, or give a conversation.")
@@ -227,7 +270,7 @@ class LLM:
             if system is not None:
                 why = "raw text has no roles" if raw else f"{self.name} has no chat format, so no system message"
                 raise UsageError(f"A system message cannot be honoured: {why}.", remedy="Put it into the prompt.")
-            return self.tokenizer.encode(prompt, bos=self.tokenizer.adds_bos)
+            return self.tokenizer.encode(prompt, bos=self.tokenizer.adds_bos), ()
         if raw:
             raise UsageError("raw takes a text, not messages.", remedy="Leave raw out to use the model's chat format.")
         if self.chat_format is None:
@@ -243,30 +286,101 @@ class LLM:
             )
         if system is not None:
             messages = [Message("system", system), *messages]
-        return self.chat_format.encode(messages, self.tokenizer, tools=tools)
+        pictures = pictured.pictures_of(messages)
+        if not pictures:
+            return self.chat_format.encode(messages, self.tokenizer, tools=tools), ()
+        pixels = pictured.pixels_of(pictures, self._processor)
+        ids, stands = self.chat_format.encode_pictures(messages, self.tokenizer, pixels, tools=tools)
+        return ids, pictured.shown(pictures, pixels, stands)
+
+    @cached_property
+    def _processor(self) -> Processor:
+        """What makes pictures ready for this model. Raises PictureError where it is blind."""
+        from puna.text.pictures import processor_for
+
+        if not self._runner.sees and getattr(self.config, "vision", None) is not None:
+            raise PictureError(f"--device {self.device} sees no pictures.", remedy="Use --device cpu.")
+        folder = self.checkpoint.folder if self.checkpoint.format in ("safetensors", "meta") else None
+        return processor_for(self.config, folder)
+
+    def prepared(
+        self,
+        prompt: str | Sequence[Message] | Sequence[int] | Infill | Judge,
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        tools: Sequence[Tool] = (),
+    ) -> Prepared:
+        """A prompt made ready for the engine; what is an id already stays as it is.
+
+        Raises what `encode` does, and UsageError for a system message or tools beside ids.
+        """
+        if isinstance(prompt, Infill):
+            from puna.text.infill import gap_follows
+
+            return Prepared(self.encode(prompt, system=system, tools=tools), list(gap_follows(self.tokenizer)))
+        if isinstance(prompt, Judge):
+            return Prepared(self.encode(prompt, system=system, tools=tools), [])
+        ids = _token_ids(prompt)
+        if ids is None:
+            words = cast("str | Sequence[Message]", prompt)
+            ids, pictures = self._encoded(words, system=system, raw=raw, tools=tools)
+            # An answer in a chat is a text of its own; elsewhere it goes on where the prompt ends, spaces and all.
+            return Prepared(ids, ids if raw or self.chat_format is None else [], pictures)
+        if system is not None:
+            raise UsageError("A system message cannot be added to token ids.", remedy="Give messages, or a text.")
+        if tools:
+            raise UsageError("Tools cannot be told about in token ids.", remedy="Give messages, or a text.")
+        return Prepared(ids, ids)
 
     def prompt_ids(
         self,
-        prompt: str | Sequence[Message] | Sequence[int],
+        prompt: str | Sequence[Message] | Sequence[int] | Infill | Judge,
         *,
         system: str | None = None,
         raw: bool = False,
         tools: Sequence[Tool] = (),
     ) -> tuple[list[int], list[int]]:
-        """The ids of a prompt, and those that the answer's text continues; what is an id already stays as it is.
+        """The ids of a prompt, and those that the answer's text continues.
 
-        Raises what `encode` does, and UsageError for a system message or tools beside ids.
+        Raises what `prepared` does, and UsageError for pictures, which ids alone do not show.
         """
-        ids = _token_ids(prompt)
-        if ids is None:
-            ids = self.encode(cast("str | Sequence[Message]", prompt), system=system, raw=raw, tools=tools)
-            # An answer in a chat is a text of its own; elsewhere it goes on where the prompt ends, spaces and all.
-            return ids, ids if raw or self.chat_format is None else []
-        if system is not None:
-            raise UsageError("A system message cannot be added to token ids.", remedy="Give messages, or a text.")
-        if tools:
-            raise UsageError("Tools cannot be told about in token ids.", remedy="Give messages, or a text.")
-        return ids, ids
+        made = self.prepared(prompt, system=system, raw=raw, tools=tools)
+        if made.pictures:
+            raise UsageError("Pictures have no place here.", remedy="Leave them out, or ask for an answer.")
+        return made.ids, made.follows
+
+    @cached_property
+    def infills(self) -> bool:
+        """Whether it was trained to fill a gap."""
+        from puna.weights.load import infills
+
+        return infills(self.config, self.tokenizer)
+
+    @cached_property
+    def guards(self) -> str:
+        """The version of Llama Guard that it is, "" for none."""
+        from puna.weights.load import guard_version
+
+        return guard_version(self.name, self.checkpoint, self.tokenizer)
+
+    def _special_ids(self, prompt: Infill | Judge) -> list[int]:
+        if isinstance(prompt, Infill):
+            from puna.text.infill import infill_ids
+
+            if not self.infills:
+                raise UsageError(
+                    f"{self.name} was not trained to fill in the middle of a text.",
+                    remedy="Code Llama's 7B and 13B were, but for their Python variants.",
+                )
+            return infill_ids(self.tokenizer, prompt)
+        from puna.text.guard import judge_ids
+
+        if not self.guards:
+            raise UsageError(
+                f"{self.name} is no guard model: it was not trained to judge.", remedy="Ask a Llama Guard."
+            )
+        return judge_ids(self.guards, self.tokenizer, prompt)
 
     @property
     def page_tokens(self) -> int:
@@ -275,8 +389,13 @@ class LLM:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page of the cache."""
+        """Bytes of a page of the cache: of all layers, but for those that see one chunk only."""
         return self._runner.page_bytes
+
+    @property
+    def local_page_bytes(self) -> int:
+        """Bytes of a page of the layers that see one chunk only; 0 where there are none."""
+        return self._runner.local_page_bytes
 
     @cached_property
     def grammars(self) -> Grammars:
@@ -327,20 +446,23 @@ class LLM:
 
     def stream(
         self,
-        prompt: str | Sequence[Message] | Sequence[int],
+        prompt: str | Sequence[Message] | Sequence[int] | Infill | Judge,
         *,
         system: str | None = None,
         raw: bool = False,
         grammar: Grammar | None = None,
         adapter: str | None = None,
+        images: Sequence[Image] = (),
         **options: Unpack[SamplingOptions],
     ) -> Stream:
         """The answer piece by piece: iterate over it for text; afterwards `.answer` has the whole and its figures.
 
-        `prompt` is a text, a list of messages, or token ids taken as they are. `grammar` is the form that the answer
-        must have, `adapter` the name of one that is loaded. Options are `Sampling`'s fields. Several may be open at
-        once, and are computed together.
-        Raises ContextError, ChatFormatError, GrammarError, AdapterError or UsageError before anything is computed.
+        `prompt` is a text, a list of messages, token ids taken as they are, a gap to fill, or what a guard judges.
+        `images` are shown before the text, or before that of the last message: paths of PNG, JPEG, WebP or GIF files,
+        or their bytes. `grammar` is the form that the answer must have, `adapter` the name of one that is loaded.
+        Options are `Sampling`'s fields. Several may be open at once, and are computed together.
+        Raises ContextError, ChatFormatError, GrammarError, AdapterError, PictureError or UsageError before anything is
+        computed.
         """
         from puna.text.answer import AnswerText
 
@@ -351,14 +473,21 @@ class LLM:
                 raise UsageError(
                     f"{name} cannot be honoured here: a stream is the text of one answer.", remedy="Leave it out."
                 )
-        ids, follows = self.prompt_ids(prompt, system=system, raw=raw)
+        if images:
+            prompt = self._with_images(prompt, images, raw=raw)
+        made = self.prepared(prompt, system=system, raw=raw)
         constraint = None if grammar is None else self.grammars.compile(grammar).result()
         request = engine.submit(
-            ids, sampling, stop_ids=self.stop_ids, constraint=constraint, adapter=adapter or self.adapter
+            made.ids,
+            sampling,
+            stop_ids=self.stop_ids,
+            constraint=constraint,
+            adapter=adapter or self.adapter,
+            pictures=made.pictures,
         )
         stream = self._streams[request] = Stream(
-            AnswerText(self.tokenizer, follows, sampling.stop),
-            ids,
+            AnswerText(self.tokenizer, made.follows, sampling.stop),
+            made.ids,
             step=self._step,
             cancel=partial(engine.cancel, request),
             about=self._about,
@@ -367,19 +496,33 @@ class LLM:
 
     def generate(
         self,
-        prompt: str | Sequence[Message] | Sequence[int],
+        prompt: str | Sequence[Message] | Sequence[int] | Infill | Judge,
         *,
         system: str | None = None,
         raw: bool = False,
         grammar: Grammar | None = None,
         adapter: str | None = None,
+        images: Sequence[Image] = (),
         **options: Unpack[SamplingOptions],
     ) -> Answer:
         """The whole answer at once; arguments and errors as `stream`."""
-        stream = self.stream(prompt, system=system, raw=raw, grammar=grammar, adapter=adapter, **options)
+        stream = self.stream(prompt, system=system, raw=raw, grammar=grammar, adapter=adapter, images=images, **options)
         for _ in stream:
             pass
         return stream.answer
+
+    def _with_images(self, prompt: object, given: Sequence[Image], *, raw: bool) -> list[Message]:
+        """The prompt with pictures. Raises UsageError and PictureError where they have no place."""
+        if isinstance(given, str | bytes):
+            raise UsageError("images is a list.", remedy="Put the image into a list.")
+        if raw:
+            raise UsageError("Images cannot be honoured: raw text has no place for them.", remedy="Leave raw out.")
+        self._processor  # noqa: B018 - a blind model refuses before a file is read
+        if self.chat_format is None:
+            raise ChatFormatError(
+                f"{self.name} has no chat format, and images stand in a message.", remedy="Use an instruct model."
+            )
+        return pictured.with_images(prompt, given)
 
     def score(
         self,
@@ -528,9 +671,18 @@ class LLM:
                 stream.arrive(progress)
 
 
-def _mapped(weights: DecoderWeights) -> int:
-    """Bytes of a model that are read from its file when they are used."""
-    return sum(leaf.nbytes for _, leaf in leaves(weights) if mapping(leaf) is not None)
+FILE_SHARE = 0.75
+"""Of the available memory, which pages of a file are counted to fill at most, where weights are used as they lie in it:
+the system may drop those and read them again, so the cache gets something beside a file larger than memory."""
+
+
+def _mapped(weights: Weights, free: int | None) -> int:
+    """Bytes of `free` memory that a model's mapped weights are still going to take: all that are to be regrouped, and
+    pages of its file for the rest."""
+    mapped = [leaf for _, leaf in leaves(weights) if mapping(leaf) is not None]
+    regrouped: int = sum(leaf.nbytes for leaf in mapped if isinstance(leaf, Mapped))
+    read: int = sum(leaf.nbytes for leaf in mapped) - regrouped
+    return regrouped + (read if free is None else min(read, max(0, int(FILE_SHARE * (free - regrouped)))))
 
 
 def scores_of(seen: Sequence[Progress], count: int) -> list[Score]:

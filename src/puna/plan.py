@@ -24,7 +24,8 @@ UNKNOWN = 4 << 30
 class CacheBudget:
     """How many pages the cache has, what they hold and take, and why so many.
 
-    `draft_pages` are those of a draft model's own cache; `nbytes` counts them too.
+    `draft_pages` are those of a draft model's own cache, `local_pages` those of layers that see one chunk only;
+    `nbytes` counts them too.
     """
 
     pages: int
@@ -32,6 +33,7 @@ class CacheBudget:
     nbytes: int
     why: str
     draft_pages: int = 0
+    local_pages: int = 0
 
 
 def cache_budget(
@@ -45,13 +47,16 @@ def cache_budget(
     asked: int | None = None,
     draft_page_bytes: int = 0,
     draft_context: int = 0,
+    local_page_bytes: int = 0,
+    window: int = 0,
 ) -> CacheBudget:
     """Pages for a model of `context` tokens that answers `sequences` at once.
 
     `page` is tokens a page, `page_bytes` its bytes; `available` bytes of memory, of which the weights still take
     `to_come`; `asked` bytes are the caller's own wish. A draft model of `draft_context` tokens has a page of its own,
-    of `draft_page_bytes`, beside each of these, up to one full context of its. Raises UsageError for a wish that the
-    memory does not hold, and where not even a page fits.
+    of `draft_page_bytes`, beside each of these, up to one full context of its. Where layers see one chunk only, these
+    have pages of their own, of `local_page_bytes`, of which a sequence needs `window` at most. Raises UsageError for a
+    wish that the memory does not hold, and where not even a page fits.
     """
     most = sequences * -(-context // page)
     free = None if available is None else max(0, available - to_come)
@@ -67,18 +72,42 @@ def cache_budget(
     else:
         room, why = int(SHARE * free), f"half of the {_size(free)} available beside the weights"
     drafts = -(-draft_context // page) if draft_page_bytes else 0
-    pages = room // (page_bytes + draft_page_bytes)
+    each = page_bytes + local_page_bytes + draft_page_bytes
+    pages = room // each
+    local = min(pages, sequences * window)
     if pages > drafts:
-        pages = (room - drafts * draft_page_bytes) // page_bytes
+        room_left = room - drafts * draft_page_bytes
+        pages, local = split(room_left, page_bytes, local_page_bytes, window=window, sequences=sequences, most=most)
     if pages >= most:
         pages, why = most, f"all {sequences} sequence{'s' if sequences > 1 else ''} with a full context each"
     if pages == 0:
         raise UsageError(
-            f"A page of the cache takes {_size(page_bytes + draft_page_bytes)}, and there are {_size(room)} for all.",
+            f"A page of the cache takes {_size(each)}, and there are {_size(room)} for all.",
             remedy="Use --kv-type q8_0 or a smaller model, or free some memory.",
         )
     drafts = min(pages, drafts)
-    return CacheBudget(pages, pages * page, pages * page_bytes + drafts * draft_page_bytes, why, drafts)
+    nbytes = pages * page_bytes + local * local_page_bytes + drafts * draft_page_bytes
+    return CacheBudget(pages, pages * page, nbytes, why, drafts, local)
+
+
+def split(
+    room: int, page_bytes: int, local_page_bytes: int, *, window: int, sequences: int, most: int
+) -> tuple[int, int]:
+    """How many pages `room` bytes hold, `most` at the most, and how many of layers that see one chunk only.
+
+    A sequence needs a `window` of the second, however long it is, and as many of both until it is that long. So those
+    get half of the room, at least a window and at most one for each sequence: any of them, when its sequence is over,
+    may have what the next one begins with. What the others cannot use is theirs too.
+    """
+    if not window:
+        return min(most, room // page_bytes), 0
+    local = min(sequences * window, max(window, room // 2 // local_page_bytes))
+    # Where every layer sees one chunk only, a page of the others is none.
+    pages = (room - local * local_page_bytes) // page_bytes if page_bytes else most
+    if pages < local:
+        pages = room // (page_bytes + local_page_bytes)
+    pages = min(pages, most)
+    return pages, min(sequences * window, (room - pages * page_bytes) // local_page_bytes)
 
 
 SHORT = 8192
@@ -106,18 +135,34 @@ class ModelNeed:
 
 
 def model_need(
-    *, weights: int, page: int, page_bytes: int, context: int, sequences: int, cache: int | None = None
+    *,
+    weights: int,
+    page: int,
+    page_bytes: int,
+    context: int,
+    sequences: int,
+    cache: int | None = None,
+    local_page_bytes: int = 0,
+    window: int = 0,
 ) -> ModelNeed:
     """What a model of `context` tokens takes whose `weights` take so many bytes; arguments as for `cache_budget`.
 
     `cache` bytes are the caller's own wish, to be had whole.
     """
     tokens = min(SHORT, context)
-    most = sequences * -(-context // page) * page_bytes
+    pages = sequences * -(-context // page)
+    most = pages * page_bytes + sequences * window * local_page_bytes
     if cache is not None:
         cache = min(cache, most)
-        return ModelNeed(weights, cache, cache, min(context, cache // page_bytes * page))
-    return ModelNeed(weights, -(-tokens // page) * page_bytes, most, tokens)
+        held, _ = split(cache, page_bytes, local_page_bytes, window=window, sequences=sequences, most=pages)
+        return ModelNeed(weights, cache, cache, min(context, held * page))
+    return ModelNeed(weights, conversation_bytes(tokens, page, page_bytes, local_page_bytes, window), most, tokens)
+
+
+def conversation_bytes(tokens: int, page: int, page_bytes: int, local_page_bytes: int = 0, window: int = 0) -> int:
+    """Bytes of cache of one conversation of so many tokens; arguments as for `cache_budget`."""
+    pages = -(-tokens // page)
+    return pages * page_bytes + min(pages, window) * local_page_bytes
 
 
 def cache_beside(need: ModelNeed, room: int) -> int:

@@ -32,9 +32,19 @@ def save(path: Path, identity: Mapping[str, str], ids: list[int], engine: Engine
     """Write the whole pages that the cache has of a text; returns their tokens. Errors as `LLM.save_session`."""
     from puna.weights.session_file import write_session
 
-    count, pages = engine.kept(ids)
-    write_session(path, identity, ids, pages, count=count, page=runner.page, page_bytes=runner.page_bytes)
-    return count * runner.page
+    kept = engine.kept(ids)
+    write_session(
+        path,
+        identity,
+        ids,
+        kept.contents,
+        count=kept.pages,
+        page=runner.page,
+        page_bytes=runner.page_bytes,
+        local_pages=kept.local_pages,
+        local_page_bytes=runner.local_page_bytes,
+    )
+    return kept.pages * runner.page
 
 
 def load(path: Path, identity: Mapping[str, str], engine: Engine, runner: Runner) -> Restored:
@@ -47,8 +57,9 @@ def load(path: Path, identity: Mapping[str, str], engine: Engine, runner: Runner
         saved = open_session(path, runner.config.vocab_size)
     except CheckpointError as error:
         return Restored((), 0, f"{error.message} Nothing of it is used")
-    mine = {**identity, "page": runner.page, "page_bytes": runner.page_bytes}
-    its = {**saved.identity, "page": saved.page, "page_bytes": saved.page_bytes}
+    names = ("page", "page_bytes", "local_page_bytes")
+    mine = dict(identity) | {name: getattr(runner, name) for name in names}
+    its = dict(saved.identity) | {name: getattr(saved, name) for name in names}
     if others := [name for name in mine | its if mine.get(name) != its.get(name)]:
         return Restored((), 0, f"{path}: it was saved with another {', '.join(others)}. Nothing of it is used")
     tokens = engine.restore(saved.tokens, saved.pages())

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from puna.errors import UsageError
-from puna.plan import SHORT, UNKNOWN, ModelNeed, cache_beside, cache_budget, model_need, why_no_room
+from puna.plan import (
+    SHORT,
+    UNKNOWN,
+    ModelNeed,
+    cache_beside,
+    cache_budget,
+    conversation_bytes,
+    model_need,
+    split,
+    why_no_room,
+)
 
 PAGE = {"page": 64, "page_bytes": 2 << 20}  # the 1B's, fp16
 
@@ -36,6 +46,43 @@ def test_a_draft_models_cache_is_counted() -> None:
     assert (large.pages, large.draft_pages, large.nbytes) == (45, 10, 100 << 20)
     whole = cache_budget(**PAGE, context=100, sequences=3, available=20 << 30, **draft)
     assert (whole.pages, whole.draft_pages, whole.nbytes) == (6, 6, 18 << 20)
+
+
+SCOUT = {"page": 64, "page_bytes": 3 << 20, "local_page_bytes": 9 << 20, "window": 128}  # fp16, a chunk of 8,192
+
+
+def test_layers_that_see_one_chunk_have_pages_of_their_own() -> None:
+    found = cache_budget(**SCOUT, context=131072, sequences=16, available=20 << 30)
+    local = (5 << 30) // (9 << 20)  # half of what is taken
+    assert (found.local_pages, found.pages) == (local, ((10 << 30) - local * (9 << 20)) // (3 << 20))
+    assert found.nbytes <= 10 << 30 < found.nbytes + (9 << 20)
+    assert found.tokens == found.pages * 64
+    little = cache_budget(**SCOUT, context=131072, sequences=16, available=4 << 30)  # a window, and the rest
+    assert (little.local_pages, little.pages) == (128, (2048 - 128 * 9) // 3)
+    less = cache_budget(**SCOUT, context=131072, sequences=16, available=1 << 30)  # not even one
+    assert (less.local_pages, less.pages) == (42, 42)
+    whole = cache_budget(**SCOUT, context=131072, sequences=2, available=100 << 30)
+    assert (whole.local_pages, whole.pages, whole.nbytes) == (256, 4096, 256 * (9 << 20) + 4096 * (3 << 20))
+    assert whole.why == "all 2 sequences with a full context each"
+    short = cache_budget(**(SCOUT | {"window": 4}), context=256, sequences=3, available=100 << 30)
+    assert (short.local_pages, short.pages) == (12, 12)
+    draft = {"draft_page_bytes": 1 << 20, "draft_context": 640}
+    beside = cache_budget(**SCOUT, context=131072, sequences=16, available=4 << 30, **draft)
+    assert (beside.local_pages, beside.pages, beside.draft_pages) == (128, (2048 - 10 - 128 * 9) // 3, 10)
+    with pytest.raises(UsageError, match=r"A page of the cache takes 12\.6 MB"):
+        cache_budget(**SCOUT, context=131072, sequences=1, available=20 << 20)
+
+
+def test_what_a_model_with_such_layers_needs() -> None:
+    need = model_need(weights=1000, **SCOUT, context=131072, sequences=16)
+    window = 128 * (9 << 20)
+    assert (need.tokens, need.cache_least) == (SHORT, 128 * (3 << 20) + window)
+    assert need.cache_most == 16 * (2048 * (3 << 20) + window)
+    wish = model_need(weights=1000, **SCOUT, context=131072, sequences=16, cache=2 << 30)
+    assert (wish.cache_least, wish.tokens) == (2 << 30, (2048 - 128 * 9) // 3 * 64)
+    assert conversation_bytes(100, 64, 10, 30, 1) == 50
+    assert conversation_bytes(64, 64, 10, 30, 4) == 40
+    assert conversation_bytes(6400, 64, 10) == 1000
 
 
 def test_where_nothing_is_known_and_where_nothing_fits() -> None:
@@ -69,3 +116,7 @@ def test_why_a_model_does_not_fit() -> None:
         "m takes 4.9 GB of weights and 1.1 GB of cache for 8192 tokens, 6.0 GB together; models may take 8.0 GB, and "
         "a with 3.0 GB, b with 500.0 MB must stay: 4.5 GB are left."
     )
+
+
+def test_pages_of_no_bytes_are_as_many_as_there_may_be() -> None:
+    assert split(1000, 0, 10, window=4, sequences=2, most=50) == (50, 8)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from puna.kernels.layouts import Adapted, AdapterRows
-from puna.models.tree import DecoderWeights, Layer, Linear
+from puna.models.tree import CrossLayer, ExpertLayer, Layer, Linear, Weights
 
 Pairs = Mapping[str, tuple[Any, Any]]
 """An adapter: canonical name of a matrix (`layers.0.q`) → A [r, in] and B [out, r], the scale in B."""
@@ -45,9 +45,7 @@ class Adapters:
         """Whether any sequence of a batch (`Batch.adapters`) uses one."""
         return numbers is not None and bool((numbers >= 0).any())
 
-    def upon(
-        self, weights: DecoderWeights, numbers: npt.NDArray[np.int32] | None, starts: npt.NDArray[np.int32]
-    ) -> DecoderWeights:
+    def upon(self, weights: Weights, numbers: npt.NDArray[np.int32] | None, starts: npt.NDArray[np.int32]) -> Weights:
         """The tree for a batch of `numbers` [B] and `starts` [B + 1]; without adapters, the same tree."""
         if numbers is None or not self.used(numbers):
             return weights
@@ -64,7 +62,13 @@ class Adapters:
             parts = tuple(AdapterRows(which, *pairs[name]) for which, pairs in rows if name in pairs)
             return replace(linear, weight=Adapted(linear.weight, parts)) if parts else linear
 
-        def layer(i: int, old: Layer) -> Layer:
-            return replace(old, **{name: matrix(f"layers.{i}.{name}", getattr(old, name)) for name in MATRICES})
+        def layer(i: int, old: Layer | ExpertLayer | CrossLayer) -> Layer | ExpertLayer | CrossLayer:
+            if isinstance(old, CrossLayer):  # it takes some rows of the batch only; `read_adapter` refuses to add to it
+                return old
+            there = [name for name in MATRICES if hasattr(old, name)]  # a mixture has its feed-forward elsewhere
+            changed: dict[str, Any] = {name: matrix(f"layers.{i}.{name}", getattr(old, name)) for name in there}
+            node: Any = old
+            return cast("Layer | ExpertLayer", replace(node, **changed))
 
-        return replace(weights, layers=tuple(layer(i, old) for i, old in enumerate(weights.layers)))
+        layers: Any = tuple(layer(i, old) for i, old in enumerate(weights.layers))
+        return replace(weights, layers=layers)

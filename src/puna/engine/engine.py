@@ -15,22 +15,28 @@ A request's way: `submit` → the scheduler's queue → `plan` (pages, a chunk o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from collections.abc import Sequence as Ids
 from concurrent.futures import Future
+from functools import partial
 from heapq import heapify, heappop, heappush
+from itertools import starmap
+from typing import NamedTuple
 
 from puna.engine import scores
 from puna.engine.adapters import Pairs
 from puna.engine.loaded import LoadedAdapters
+from puna.engine.pictures import SIGHT_BYTES, Shown, Sights, check_pictures, words
+from puna.engine.prefix import NO_PAGE
 from puna.engine.progress import Progress, Statistics, explained
-from puna.engine.runner import Hidden, Logits, Runner
+from puna.engine.runner import Hidden, Logits, Runner, window
 from puna.engine.sampler import Draw, LogitsError, Sampler, check_tokens
-from puna.engine.scheduler import Part, Scheduler
+from puna.engine.scheduler import Bytes, Part, Scheduler
 from puna.engine.sequence import NEVER, Constraint, Request, Sequence
 from puna.engine.speculation import Drafts, Proposer, StepCost, Together, Wanted
 from puna.engine.turns import Turn, draw
 from puna.errors import ContextError, PunaError, QueueFullError, UsageError
+from puna.models.tree import Placed
 from puna.types import FinishReason, Pooling, Sampling
 
 __all__ = ["LOGITS_BYTES", "PREFILL_CHUNK", "SPARE_DEADLINES", "Engine", "Progress", "Statistics"]
@@ -46,12 +52,22 @@ SPARE_DEADLINES = 64
 """How many deadlines of requests that are over may be kept, beside one for each that is not."""
 
 
+class Kept(NamedTuple):
+    """What a cache has of a text: whole pages, what each holds, and how many of the last ones hold a local page too."""
+
+    pages: int
+    contents: Iterator[bytes]
+    local_pages: int
+
+
 class Engine:
     """Runs requests on a runner. Not thread-safe: one thread owns it.
 
-    `pages` of KV cache are shared by all. `step_tokens` bounds what a step computes, beyond one token of each answer
-    under way, of which there are `max_running`; `max_waiting` requests may wait for that; `logits_bytes` bounds the
-    logits of tokens that are not drawn (one row at least). `speculate` makes a proposer for each sequence. `clock` is
+    `pages` of KV cache are shared by all; layers that see one chunk only, where there are any, have `local_pages` of
+    their own (None: as many). `step_tokens` bounds what a step computes, beyond one token of each answer under way, of
+    which there are `max_running`; `max_waiting` requests may wait for that; `logits_bytes` bounds the
+    logits of tokens that are not drawn (one row at least), `sight_bytes` what is kept of pictures beyond what one
+    request needs. `speculate` makes a proposer for each sequence. `clock` is
     what deadlines are told in. Raises PunaError where the cache does not fit the memory.
     """
 
@@ -64,20 +80,28 @@ class Engine:
         max_running: int = 64,
         max_waiting: int = 1024,
         logits_bytes: int = LOGITS_BYTES,
+        sight_bytes: int = SIGHT_BYTES,
         prefix_cache: bool = True,
         speculate: Callable[[], Proposer] | Together | None = None,
         clock: Callable[[], float] = time.monotonic,
+        local_pages: int | None = None,
     ) -> None:
-        for name, value in (("pages", pages), ("step_tokens", step_tokens), ("max_running", max_running)):
+        chunk = runner.config.chunk if runner.config.local_layers else 0
+        local = 0 if not chunk else pages if local_pages is None else local_pages
+        numbers = {"pages": pages, "step_tokens": step_tokens, "max_running": max_running}
+        for name, value in (numbers | {"local_pages": local} if chunk else numbers).items():
             if value < 1:
                 raise UsageError(f"{name} must be a whole number, 1 or larger, not {value}.", remedy="Raise it.")
-        runner.allocate(pages)
+        runner.allocate(pages, local)
         self._runner = runner
         self._max_waiting = max_waiting
         self._speculate = speculate
         self._together = speculate if isinstance(speculate, Together) else None
         self._clock = clock
-        self.capacity = min(runner.config.context_length, pages * runner.page)
+        self._longest = runner.config.context_length
+        if local < window(runner.config, runner.page):
+            self._longest = min(self._longest, local * runner.page)
+        self.capacity = min(self._longest, pages * runner.page)
         """Tokens that a sequence may have: the model's context, or what the pages hold that adapters leave."""
         self._scheduler = Scheduler(
             pages=pages,
@@ -88,7 +112,12 @@ class Engine:
             max_running=max_running,
             prefix_cache=prefix_cache,
             copy_page=runner.copy_page,
+            chunk=chunk,
+            local_pages=local,
+            copy_local=partial(runner.copy_page, local=True),
+            has_room=self._has_room,
         )
+        self._sights = Sights(sight_bytes)
         self._adapters = LoadedAdapters(runner, self._scheduler)
         self._requests: dict[int, Request] = {}
         self._submitted = 0
@@ -111,17 +140,22 @@ class Engine:
         deadline: float | None = None,
         adapter: str | None = None,
         constraint: Constraint | Future[Constraint] | None = None,
+        pictures: Ids[Shown] = (),
     ) -> int:
         """Have a request wait for its turn; returns its number, by which `step` reports it.
 
         Only requests of the same `namespace` share what was computed. The larger `priority` goes first. At `deadline`
         it ends, wherever it is. `adapter` is the name of one that is loaded. A constraint that is not ready holds up
         nobody else; an error in it ends the request. Beside one, stop tokens wait for `min_tokens` as long as it allows
-        others; where it does not, the request ends with NothingLeftError.
-        Raises what `check_prompt` does, UsageError for `ignore_eos` beside a constraint, AdapterError for an unknown
-        adapter, and QueueFullError when `max_waiting` wait already.
+        others; where it does not, the request ends with NothingLeftError. `pictures` stand in the prompt; for penalties
+        and DRY their tokens are not there, and a draft model, which does not see them, makes no guesses.
+        Raises what `check_prompt` does, UsageError for `ignore_eos` beside a constraint and for pictures that the model
+        or another option has no place for, AdapterError for an unknown adapter, and QueueFullError when `max_waiting`
+        wait already.
         """
-        self.check_prompt(prompt, answer=sampling.max_tokens or 1)
+        self.check_prompt(prompt, answer=sampling.max_tokens or 1, pictures=pictures)
+        if pictures:
+            self._check_pictures(pictures, sampling, adapter)
         check_tokens(sampling, self._runner.config.vocab_size)
         if constraint is not None and sampling.ignore_eos:
             raise UsageError(
@@ -133,10 +167,10 @@ class Engine:
         stop_ids = frozenset(token for token in stop_ids if 0 <= token < self._runner.config.vocab_size)
         ends = frozenset[int]() if sampling.ignore_eos else stop_ids
         number, space, _, which = self._whose(adapter, namespace, priority)
-        request = Request(number, len(prompt), sampling, ends, space, priority, limit, which)
+        request = Request(number, len(prompt), sampling, ends, space, priority, limit, which, pictures=tuple(pictures))
         ready = None if isinstance(constraint, Future) else constraint
-        sampler = Sampler(sampling, prompt, stop_ids)
-        sequence = Sequence(request, 0, list(prompt), sampler, ready, self._drafts())
+        sampler = Sampler(sampling, words(prompt, pictures), stop_ids)
+        sequence = Sequence(request, 0, list(prompt), sampler, ready, self._drafts(request))
         if sampling.prompt_logprobs is not None:
             sequence.wanted = 0
         return self._enter(sequence, deadline, constraint if isinstance(constraint, Future) else None)
@@ -211,17 +245,19 @@ class Engine:
             self._compiling[request.number] = constraint
         return request.number
 
-    def check_prompt(self, prompt: Ids[int], *, answer: int) -> None:
+    def check_prompt(self, prompt: Ids[int], *, answer: int, pictures: Ids[Shown] = ()) -> None:
         """Raise what is wrong with a prompt that is to be followed by `answer` tokens.
 
-        ContextError when they exceed the model's context or the whole cache, UsageError for an empty prompt or an id
-        outside the vocabulary.
+        ContextError when they exceed the model's context or the whole cache, UsageError for an empty prompt, an id
+        outside the vocabulary that is no picture's, or pictures that do not stand in the prompt.
         """
         config = self._runner.config
         if not prompt:
             raise UsageError("The prompt has no tokens.", remedy="Give some text; a model without BOS needs a start.")
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            token = next(token for token in prompt if not 0 <= token < config.vocab_size)
+        check_pictures(pictures, len(prompt))
+        said = words(prompt, pictures)
+        if min(said, default=0) < 0 or max(said, default=0) >= config.vocab_size:
+            token = next(token for token in said if not 0 <= token < config.vocab_size)
             raise UsageError(
                 f"Token {token} is outside the model's vocabulary of {config.vocab_size}.",
                 remedy="The tokenizer does not belong to this model; give the right one with --tokenizer.",
@@ -233,6 +269,25 @@ class Engine:
             raise ContextError(
                 f"The prompt's {len(prompt)} tokens{asked} exceed the {what} of {self.capacity} by {over} tokens.",
                 remedy=f"Shorten the prompt{' or lower max_tokens' if answer > 1 else ''}. Puna never cuts a context.",
+            )
+
+    def _check_pictures(self, pictures: Ids[Shown], sampling: Sampling, adapter: str | None) -> None:
+        """Raises UsageError where a request's pictures cannot be honoured."""
+        why = ""
+        if not self._runner.sees:
+            why = "this model does not see"
+        elif adapter is not None:
+            why = "an adapter would have to see them its own way"
+        elif sampling.prompt_logprobs is not None:
+            why = "their tokens have no probability, which prompt_logprobs asks for"
+        if why:
+            raise UsageError(f"Pictures cannot be honoured: {why}.", remedy="Leave one of them out.")
+        sizes = {each.digest: self._runner.sight_bytes(each.pixels) for each in pictures}
+        if len(sizes) > 1 and sum(sizes.values()) > self._sights.budget:
+            raise UsageError(
+                f"What is seen in the request's {len(sizes)} pictures takes {sum(sizes.values()) / 1e6:,.0f} MB, and "
+                f"there is room for {self._sights.budget / 1e6:,.0f} MB.",
+                remedy="Send fewer pictures at once.",
             )
 
     def cancel(self, request: int, choice: int | None = None) -> None:
@@ -298,8 +353,7 @@ class Engine:
         self._measure()
 
     def _measure(self) -> None:
-        config = self._runner.config
-        self.capacity = min(config.context_length, self._adapters.pages_left * self._runner.page)
+        self.capacity = min(self._longest, self._adapters.pages_left * self._runner.page)
 
     # -- a step ----------------------------------------------------------------------------------------------------
 
@@ -312,6 +366,7 @@ class Engine:
         reports: list[Progress] = []
         self._expire(reports)
         self._collect_constraints(reports)
+        self._sights.trim(self._needed_sights)
         # Until there is a batch the books of everybody who runs are at work; after that only pages of those in it are
         # written, of which nobody knows which are whole, or whose row was at fault.
         concerned = self._scheduler.running
@@ -319,9 +374,12 @@ class Engine:
             if self._together is not None:
                 self._guess_together(self._together)
             parts = self._scheduler.plan(None if self._speculate is None else self._guess)
+            parts = self._look(parts, reports)
             if not parts:
                 return reports
             batch = self._scheduler.batch(parts)
+            if any(part.sequence.request.pictures for part in parts):
+                batch = batch._replace(placed=self._placed(parts))
             concerned = [part.sequence for part in parts]
             planned = time.perf_counter()
             pooling = parts[0].sequence.request.pooling is not None
@@ -336,6 +394,7 @@ class Engine:
         else:
             self._draw_all(parts, rows, reports)
             self._cost.add(len(batch.tokens), ran - planned)
+        self._sights.trim(self._needed_sights)
         self._steps += 1
         self._computed += len(batch.tokens)
         self._schedule_seconds += planned - began
@@ -365,8 +424,78 @@ class Engine:
             del self._compiling[number]
             self._scheduler.add(sequence)
 
+    # -- pictures --------------------------------------------------------------------------------------------------
+
+    def _look(self, parts: list[Part], reports: list[Progress]) -> list[Part]:
+        """See what the parts are computed with; the parts that can be computed now.
+
+        One picture a step is looked at, for everybody's next tokens wait for it; parts that need another wait.
+        """
+        if not any(part.sequence.request.pictures for part in parts):
+            return parts
+        ready: list[Part] = []
+        looked = False
+        for part in parts:
+            sequence, waits = part.sequence, False
+            try:
+                for shown in sequence.shown(part.start, part.start + part.length):
+                    key = _sight_key(sequence, shown)
+                    if key in self._sights:
+                        continue
+                    waits = looked
+                    if waits:
+                        break
+                    sight, nbytes = self._runner.see(shown.pixels), self._runner.sight_bytes(shown.pixels)
+                    self._sights.add(key, sight, nbytes)
+                    self._sights.trim(self._needed_sights)
+                    looked = True
+            except Exception as error:  # the others do not pay for one picture
+                self._fail(sequence, error, reports)
+                continue
+            if waits:
+                self._scheduler.trim(sequence)
+            else:
+                ready.append(part)
+        return ready
+
+    def _placed(self, parts: list[Part]) -> tuple[Placed, ...]:
+        """What was seen, for the rows of a step."""
+        return tuple(
+            placed
+            for row, (sequence, start, length, guesses) in enumerate(parts)
+            for shown in sequence.shown(start, start + length + len(guesses))
+            for placed in shown.placed(
+                row, self._sights[_sight_key(sequence, shown)], start, start + length + len(guesses)
+            )
+        )
+
+    def _needed_sights(self) -> set[Hashable]:
+        """Those that running sequences are computed with from here on."""
+        return {_sight_key(each, shown) for each in self._scheduler.running for shown in each.shown_still}
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether what a sequence sees has room beside what those that run do; alone it has."""
+        if not sequence.request.pictures:
+            return True
+        running = [each for each in self._scheduler.running if each.shown_still]
+        if not running:
+            return True
+        sizes = {
+            _sight_key(each, shown): self._runner.sight_bytes(shown.pixels)
+            for each in (*running, sequence)
+            for shown in each.request.pictures
+        }
+        return sum(sizes.values()) <= self._sights.budget
+
+    # -- guesses ---------------------------------------------------------------------------------------------------
+
     def _guess(self, sequence: Sequence, most: int, decoding: int) -> list[int]:
-        return sequence.guess(most, self._price(decoding))
+        guesses = sequence.guess(most, self._price(decoding))
+        if sequence.request.pictures:  # prompt lookup may come upon the tokens of a picture, which are no words
+            for i, token in enumerate(guesses):
+                if token >= self._runner.config.vocab_size:
+                    return guesses[:i]
+        return guesses
 
     def _guess_together(self, together: Together) -> None:
         """Have the guesses made that the plan is going to ask for."""
@@ -478,13 +607,16 @@ class Engine:
         sequence.request.forked = True
         twins = []
         for choice in range(1, sequence.request.choices):
-            sampler = Sampler(sampling, sequence.tokens, stop_ids, choice)
-            twins.append(sequence.fork(choice, sampler, self._drafts() if sequence.drafts else None))
+            sampler = Sampler(sampling, words(sequence.tokens, sequence.request.pictures), stop_ids, choice)
+            drafts = self._drafts(sequence.request) if sequence.drafts else None
+            twins.append(sequence.fork(choice, sampler, drafts))
             self._scheduler.add_fork(sequence, twins[-1])
         return twins
 
-    def _drafts(self) -> Drafts | None:
-        return None if self._speculate is None else Drafts(self._speculate())
+    def _drafts(self, request: Request) -> Drafts | None:
+        if self._speculate is None or (request.pictures and self._together is not None):
+            return None
+        return Drafts(self._speculate())
 
     # -- reports and ends ------------------------------------------------------------------------------------------
 
@@ -531,10 +663,17 @@ class Engine:
 
     # -- what outlives the engine ----------------------------------------------------------------------------------
 
-    def kept(self, tokens: Ids[int], *, namespace: str = "") -> tuple[int, Iterator[bytes]]:
-        """How many whole pages of a text's beginning the cache has, and what each holds. No step may come between."""
+    def kept(self, tokens: Ids[int], *, namespace: str = "") -> Kept:
+        """How many whole pages of a text's beginning the cache has, and what each holds. No step may come between.
+
+        Where layers see one chunk only, the last of them have their local page's content after their own.
+        """
         pages = self._scheduler.kept(namespace, list(tokens))
-        return len(pages), map(self._runner.read_page, pages)
+        return Kept(len(pages), starmap(self._read, pages), sum(local != NO_PAGE for _, local in pages))
+
+    def _read(self, page: int, local: int) -> bytes:
+        data = self._runner.read_page(page)
+        return data if local == NO_PAGE else data + self._runner.read_page(local, local=True)
 
     def restore(self, tokens: Ids[int], pages: Iterable[bytes | memoryview], *, namespace: str = "") -> int:
         """Put pages of an engine like this one back under the text they begin; returns the tokens that are there now.
@@ -542,7 +681,15 @@ class Engine:
         As many as there is room for, in order; what is used last is evicted for them. Raises what `pages` does, and
         ValueError for a page of another length; what came before it stays.
         """
-        return self._scheduler.restore(namespace, list(tokens), pages, self._runner.write_page)
+        size = self._runner.page_bytes
+        whole = self._scheduler.windows is None  # then what is longer is refused
+
+        def parts(data: Bytes) -> tuple[Bytes, Bytes | None]:
+            return (data, None) if whole or len(data) <= size else (data[:size], data[size:])
+
+        write_local = partial(self._runner.write_page, local=True)
+        contents = map(parts, pages)
+        return self._scheduler.restore(namespace, list(tokens), contents, self._runner.write_page, write_local)
 
     # -- books -----------------------------------------------------------------------------------------------------
 
@@ -550,11 +697,15 @@ class Engine:
         """The engine's counts."""
         scheduler = self._scheduler
         pool, cache = scheduler.pool, scheduler.cache
+        local = scheduler.windows.pool if scheduler.windows else None
         return Statistics(
             pages_free=pool.free,
             pages_cached=len(cache.unused),
             pages_used=pool.count - pool.available - len(scheduler.reserved),
             pages_reserved=len(scheduler.reserved),
+            local_pages_free=local.free if local else 0,
+            local_pages_cached=len(local.unused) if local else 0,
+            local_pages_used=local.count - local.available if local else 0,
             running=len(scheduler.running),
             waiting=scheduler.waiting,
             compiling=len(self._compiling),
@@ -585,3 +736,12 @@ class Engine:
             assert len(sequence.tokens) < limit, "a sequence is longer than it may be"
             assert sequence.wanted == NEVER or sequence.computed <= sequence.first, "a row that is wanted was passed"
             assert sequence.reused < sequence.request.prompt, "the prompt's last token was not computed"
+        self._sights.check()
+        for sequence in scheduler.running:
+            if sequence.computed >= sequence.goal:  # before, the next part is looked at first
+                for shown in sequence.shown_still:
+                    assert _sight_key(sequence, shown) in self._sights, "a picture that an answer needs was forgotten"
+
+
+def _sight_key(sequence: Sequence, shown: Shown) -> Hashable:
+    return sequence.request.namespace, shown.digest

@@ -13,28 +13,35 @@ computed would learn that it was.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import islice
 
 LOOKS = 32
 """How many of the children are compared for a beginning in common: the newest."""
 
 
+NO_PAGE = -1
+"""In place of a local page that is not there."""
+
+
 class Node:
     """A page in the tree: `tokens` are its own, the parent's stand before them."""
 
-    __slots__ = ("children", "page", "parent", "root", "tokens")
+    __slots__ = ("children", "local", "page", "parent", "root", "tokens")
 
     def __init__(self, root: Hashable, parent: Node | None, tokens: tuple[int, ...], page: int) -> None:
         self.root, self.parent, self.tokens, self.page = root, parent, tokens, page
+        self.local = NO_PAGE
+        """The page of the layers that see one chunk only, as long as there is one (see `LocalPool`)."""
         self.children: dict[tuple[int, ...], Node] = {}
 
 
 class PrefixCache:
-    """Trees over pages of `page` tokens, one a namespace."""
+    """Trees over pages of `page` tokens, one a namespace. `evicted_node` is told of each that is forgotten."""
 
-    def __init__(self, page: int) -> None:
+    def __init__(self, page: int, evicted_node: Callable[[Node], None] | None = None) -> None:
         self._page = page
+        self._evicted_node = evicted_node
         self._roots: dict[Hashable, dict[tuple[int, ...], Node]] = {}
         self.nodes: dict[int, Node] = {}
         """By number of page."""
@@ -89,6 +96,8 @@ class PrefixCache:
         if node.parent is None and not siblings:
             del self._roots[node.root]
         del self.nodes[page]
+        if self._evicted_node is not None:
+            self._evicted_node(node)
         self.evicted += 1
         return page
 

@@ -49,6 +49,10 @@ class Statistics:
     pages_used: int
     pages_reserved: int
     """Not to be used: their memory is counted as that of adapters."""
+    local_pages_free: int
+    """These three: of the layers that see one chunk only, where there are any."""
+    local_pages_cached: int
+    local_pages_used: int
     running: int
     waiting: int
     compiling: int

@@ -6,6 +6,9 @@ What it is not: a maker of tokens. It reads a sequence's tokens and never adds o
 What is surprising: a prompt gets all its pages when it is admitted, so only an answer can find no page; then the
 running sequence of the lowest rank gives up its own, waits and is computed again. The highest rank never does, and only
 requests that fit the pool alone get here: something always moves.
+
+A model with layers that see one chunk only has pages of two kinds. Those of these layers are kept by `Windows`; a
+prompt gets them a chunk at a time, so that it too may find none.
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ from typing import NamedTuple
 import numpy as np
 
 from puna.engine.pages import PagePool
-from puna.engine.prefix import PrefixCache
+from puna.engine.pictures import keys
+from puna.engine.prefix import NO_PAGE, Node, PrefixCache
 from puna.engine.runner import Batch
 from puna.engine.sequence import Sequence
-from puna.kernels.layouts import PageTable
+from puna.engine.windows import Windows
+from puna.kernels.layouts import ChunkedTable, PageTable
 
 BESIDE_ANSWERS = 128
 """Tokens of prompts that a step computes at most while answers are under way, whose next tokens wait for it."""
@@ -39,14 +44,19 @@ class Part(NamedTuple):
     guesses: list[int]
 
 
+Bytes = bytes | memoryview
+
 Guess = Callable[[Sequence, int, int], list[int]]
 """Guesses for a sequence: (sequence, how many at most, how many sequences the step decodes)."""
 
 
 class Scheduler:
-    """Not thread-safe. `copy_page(source, target)` copies keys and values at once.
+    """Not thread-safe. `copy_page(source, target)` copies keys and values at once; `has_room(sequence)` says whether
+    what else it needs (its pictures) has room beside that of those that run, and does where nothing runs.
 
     A step computes about `step_tokens` tokens; of sequences of which every token's logits are wanted, `step_rows`.
+    Where the model has layers that see only `chunk` tokens (0: none has), these have `local_pages` of their own, and
+    `copy_local` for them.
     """
 
     def __init__(
@@ -60,10 +70,20 @@ class Scheduler:
         max_running: int,
         prefix_cache: bool,
         copy_page: Callable[[int, int], None],
+        chunk: int = 0,
+        local_pages: int = 0,
+        copy_local: Callable[[int, int], None] | None = None,
+        has_room: Callable[[Sequence], bool] = lambda sequence: True,
     ) -> None:
         self.page, self.step_tokens, self.step_rows, self.max_running = page, step_tokens, step_rows, max_running
-        self._copy_page = copy_page
-        self.cache = PrefixCache(page)
+        self._copy_page, self._has_room = copy_page, has_room
+        width = min(pages, -(-context // page))
+        self.windows: Windows | None = None
+        if copy_local is not None and chunk:
+            self.windows = Windows(
+                pages=local_pages, page=page, chunk=chunk, slots=max_running, width=width, copy_page=copy_local
+            )
+        self.cache = PrefixCache(page, self.windows.pool.forget if self.windows else None)
         self.pool = PagePool(pages, self.cache)
         self.reserved: list[int] = []
         """Pages whose memory is counted as that of adapters."""
@@ -74,7 +94,7 @@ class Scheduler:
         self._caching = prefix_cache
         self._slots = list(range(max_running - 1, -1, -1))
         # Rows stay from step to step: a step with 16 contexts of 100,000 tokens must not write 25,000 numbers.
-        self._table = np.zeros((max_running, min(pages, -(-context // page))), np.int32)
+        self._table = np.zeros((max_running, width), np.int32)
         self._steps = 0
         self._pooling = False  # whether the step is one of hidden states, not of logits
         self._rows = 0  # how many rows of logits it has left
@@ -103,6 +123,8 @@ class Scheduler:
         for page in parent.pages:
             self.pool.share(page)
             self._append(twin, page)
+        if self.windows is not None:
+            self.windows.fork(parent, twin)
 
     def remove(self, sequence: Sequence, *, keep: bool = True) -> None:
         """Take it out, waiting or running, its pages with it; where `keep` says so the prefix cache has them."""
@@ -113,6 +135,8 @@ class Scheduler:
             self.commit(sequence)
             self._keep_tail(sequence)
         self.running.remove(sequence)
+        if self.windows is not None:
+            self.windows.leave(sequence)
         self._slots.append(sequence.slot)
         sequence.slot = -1
         for page in reversed(sequence.pages):
@@ -145,6 +169,8 @@ class Scheduler:
     def plan(self, guess: Guess | None = None) -> list[Part]:
         """What the next step computes, pages and all; empty where nothing can."""
         self._steps += 1
+        if self.windows is not None:
+            self._move_windows(self.windows)
         self._admit()
         pooling = sum(sequence.request.pooling is not None for sequence in self.running)
         self._pooling = pooling > 0 and (pooling == len(self.running) or not self._pooling)  # else in turns
@@ -179,6 +205,8 @@ class Scheduler:
         table = PageTable(
             np.array(positions, np.int32), np.array(starts, np.int32), np.take(self._table[:, :widest], slots, axis=0)
         )
+        if self.windows is not None:
+            table = ChunkedTable(*table, np.take(self.windows.table[:, :widest], slots, axis=0))
         numbers = np.array(adapters, np.int32) if max(adapters) >= 0 else None
         return Batch(np.array(tokens, np.int32), table, np.array(wanted, np.int32), numbers)
 
@@ -197,11 +225,18 @@ class Scheduler:
         """Give it the pages of all its tokens, cached ones where they are; False where there are too few."""
         tokens, pool = sequence.tokens, self.pool
         request = sequence.request
+        if not self._has_room(sequence):
+            return False
         # One more than the prompt's: room for the answer to begin.
         needed = self._pages_for(min(len(tokens) + 1, request.limit))
-        whole, partial = self.cache.match(request.namespace, tokens[: sequence.first])
+        whole, partial = self.cache.match(request.namespace, sequence.keys[: sequence.first])
+        windows = self.windows
+        if windows is not None:
+            whole, partial = windows.usable(whole, partial)
         unused = sum(not pool.users[node.page] for node in whole)
         if needed - len(whole) > pool.available - unused:
+            return False
+        if windows is not None and not windows.fits(whole, min(len(tokens) + 1, request.limit)):
             return False
         self._run(sequence)
         sequence.goal = len(tokens)
@@ -210,21 +245,40 @@ class Scheduler:
             self._append(sequence, node.page)
         sequence.depth, sequence.node = len(whole), whole[-1] if whole else None
         reused = len(whole) * self.page
+        if windows is not None:
+            windows.start(sequence, whole)
         if partial is not None:
             node, same = partial
             pool.share(node.page)  # or it might be evicted to make room for its copy
-            copied = pool.available > 0
+            if windows is not None:
+                windows.pool.share(node.local)
+            copied = pool.available > 0 and (windows is None or windows.pool.available > 0)
             if copied:
                 self._append(sequence, pool.take())
                 reused += same
+                if windows is not None:
+                    windows.copy(sequence, node.local)
+            if windows is not None:
+                windows.pool.release(node.local)
             pool.release(node.page)
             if copied:
                 self._copy_page(node.page, sequence.pages[-1])
         while len(sequence.pages) < self._pages_for(len(tokens)):
             self._append(sequence, pool.take())
         sequence.computed = reused
+        if windows is not None:
+            windows.extend(sequence, min(windows.end(len(whole) * self.page), len(tokens)))
+            windows.pass_by(sequence)
         self._count_reused(sequence, reused)
         return True
+
+    def _move_windows(self, windows: Windows) -> None:
+        """Give back what everybody has passed by, and get each prompt the local pages of the chunk that it is in."""
+        for sequence in self.running:
+            windows.pass_by(sequence)
+        for sequence in list(self.running):
+            if sequence.running and sequence.computed < sequence.goal:
+                self._make_local_room(windows, sequence, min(windows.end(sequence.computed), sequence.goal))
 
     def _decode(self, guess: Guess | None) -> list[Part]:
         """A step of every answer under way, the highest rank first."""
@@ -235,7 +289,10 @@ class Scheduler:
             if sequence.computed < sequence.goal or not sequence.running:
                 continue
             start = sequence.computed
-            count = self._affordable(sequence, min(len(sequence.tokens) - start, 1 + spare))
+            count = min(len(sequence.tokens) - start, 1 + spare)
+            if self.windows is not None:
+                count = min(count, self.windows.end(start) - start)
+            count = self._affordable(sequence, count)
             if not count or not self._make_room(sequence, start + count):
                 continue
             spare -= count - 1
@@ -243,10 +300,14 @@ class Scheduler:
             if guess is not None and start + count == len(sequence.tokens):
                 room = len(sequence.pages) * self.page + max(self.pool.available - decoding, 0) * self.page
                 most = min(spare, room - len(sequence.tokens), sequence.request.limit - len(sequence.tokens) - 1)
+                if self.windows is not None:
+                    most = min(most, self.windows.room(sequence, decoding) - len(sequence.tokens))
                 guesses = guess(sequence, most, decoding) if most > 0 else []
                 spare -= len(guesses)
                 while len(sequence.pages) * self.page < start + count + len(guesses):
                     self._append(sequence, self.pool.take())
+                if self.windows is not None:
+                    self.windows.extend(sequence, start + count + len(guesses))
             parts.append(Part(sequence, start, count, guesses))
         return parts
 
@@ -273,7 +334,10 @@ class Scheduler:
                 return
             if self._caching and not self._claim(sequence, claimed):
                 continue  # another computes this page right now: the next step has it from the cache
-            count = self._affordable(sequence, min(sequence.goal - sequence.computed, left))
+            count = min(sequence.goal - sequence.computed, left)
+            if self.windows is not None:
+                count = min(count, self.windows.has(sequence))
+            count = self._affordable(sequence, count)
             if not count:
                 continue
             parts.append(Part(sequence, sequence.computed, count, []))
@@ -299,13 +363,15 @@ class Scheduler:
             key = self._key(sequence)
             namespace = sequence.request.namespace
             node = self.cache.children(namespace, sequence.node).get(key)
-            if node is None:
+            if node is None or (self.windows is not None and not self.windows.follows(sequence, node)):
                 claim = (namespace, sequence.node, key)
                 if claim in claimed:
                     return False
                 claimed.add(claim)
                 return True
             self._share_instead(sequence, node.page)
+            if self.windows is not None:
+                self.windows.share_instead(sequence, node)
             sequence.depth, sequence.node = sequence.depth + 1, node
             self._count_reused(sequence, sequence.depth * self.page - sequence.computed)
             sequence.computed = sequence.depth * self.page
@@ -324,39 +390,64 @@ class Scheduler:
                 node = self.cache.insert(namespace, sequence.node, key, sequence.pages[sequence.depth])
             elif node.page != sequence.pages[sequence.depth]:
                 self._share_instead(sequence, node.page)
+            if self.windows is not None:
+                self.windows.settle(sequence, node)
             sequence.depth, sequence.node = sequence.depth + 1, node
 
     def trim(self, sequence: Sequence) -> None:
         """Give back the pages that only wrong guesses needed."""
         while len(sequence.pages) > self._pages_for(len(sequence.tokens)):
             self.pool.release(sequence.pages.pop())
+        if self.windows is not None:
+            self.windows.trim(sequence, len(sequence.pages))
 
     def _keep_tail(self, sequence: Sequence) -> None:
         """Put a last page that is not full into the cache, as a leaf."""
-        key = tuple(sequence.tokens[sequence.depth * self.page : sequence.computed])
+        key = tuple(sequence.keys[sequence.depth * self.page : sequence.computed])
         if not key or self.pool.users[sequence.pages[sequence.depth]] > 1:
             return
-        if key not in self.cache.children(sequence.request.namespace, sequence.node):
-            self.cache.insert(sequence.request.namespace, sequence.node, key, sequence.pages[sequence.depth])
+        windows, namespace = self.windows, sequence.request.namespace
+        if windows is not None and windows.pool.users[sequence.local[sequence.depth]] > 1:
+            return
+        node = self.cache.children(namespace, sequence.node).get(key)
+        if node is None:
+            node = self.cache.insert(namespace, sequence.node, key, sequence.pages[sequence.depth])
+        if windows is not None and node.local == NO_PAGE:
+            windows.pool.keep(node, sequence.local[sequence.depth])
 
     # -- what outlives the engine ----------------------------------------------------------------------------------
 
-    def kept(self, namespace: Hashable, tokens: list[int]) -> list[int]:
-        """The pages that hold the beginning of a text, whole ones alone: behind a text's end may stand another's."""
-        return [node.page for node in self.cache.match(namespace, tokens)[0]]
+    def kept(self, namespace: Hashable, tokens: list[int]) -> list[tuple[int, int]]:
+        """The pages that hold the beginning of a text, whole ones alone: behind a text's end may stand another's.
+
+        Beside each is its local page, or NO_PAGE where nobody sees one who goes on after the last of them.
+        """
+        whole, _ = self.cache.match(namespace, tokens)
+        if self.windows is None:
+            return [(node.page, NO_PAGE) for node in whole]
+        whole, _ = self.windows.usable(whole, None)
+        first = self.windows.first(len(whole) * self.page)
+        return [(node.page, node.local if i >= first else NO_PAGE) for i, node in enumerate(whole)]
 
     def restore(
         self,
         namespace: Hashable,
         tokens: list[int],
-        contents: Iterable[bytes | memoryview],
-        write: Callable[[int, bytes | memoryview], None],
+        contents: Iterable[tuple[Bytes, Bytes | None]],
+        write: Callable[[int, Bytes], None],
+        write_local: Callable[[int, Bytes], None],
     ) -> int:
-        """Put what `kept` pages held back into the cache, as much as there is room for; returns its tokens."""
+        """Put what `kept` pages held back into the cache, as much as there is room for; returns its tokens.
+
+        `contents` are what each page held, and what its local page did or None.
+        """
         held: list[int] = []
+        held_local: list[int] = []
+        path: list[Node] = []
         node = None
+        windows = self.windows
         try:
-            for i, data in enumerate(contents):
+            for i, (data, local) in enumerate(contents):
                 key = tuple(tokens[i * self.page : (i + 1) * self.page])
                 known = self.cache.children(namespace, node).get(key)
                 if known is None and not (self._caching and self.pool.available):
@@ -369,8 +460,23 @@ class Scheduler:
                     self.pool.share(known.page)
                     held.append(known.page)
                 node = known
-            return len(held) * self.page
+                path.append(node)
+                if windows is None or local is None:
+                    continue
+                if node.local != NO_PAGE:
+                    windows.pool.share(node.local)
+                    held_local.append(node.local)
+                elif windows.pool.available:
+                    held_local.append(windows.pool.take())
+                    write_local(held_local[-1], local)
+                    windows.pool.keep(node, held_local[-1])
+                else:
+                    break
+            return self.page * len(path if windows is None else windows.usable(path, None)[0])
         finally:
+            if windows is not None:
+                for page in reversed(held_local):
+                    windows.pool.release(page)
             for page in reversed(held):
                 self.pool.release(page)
 
@@ -382,7 +488,7 @@ class Scheduler:
         while True:
             shared = first < len(sequence.pages) and self.pool.users[sequence.pages[first]] > 1
             if not shared and len(sequence.pages) * self.page >= end:
-                return True
+                return self.windows is None or self._make_local_room(self.windows, sequence, end)
             if not self.pool.available:
                 lowest = self.running[-1]
                 self._preempt(lowest)
@@ -394,6 +500,18 @@ class Scheduler:
                 self._copy_page(page, sequence.pages[first])
             else:
                 self._append(sequence, self.pool.take())
+
+    def _make_local_room(self, windows: Windows, sequence: Sequence, end: int) -> bool:
+        """The same in the layers that see one chunk only."""
+        while not windows.ready(sequence, end):
+            if windows.pool.available:
+                windows.provide(sequence)
+                continue
+            lowest = self.running[-1]
+            self._preempt(lowest)
+            if lowest is sequence:
+                return False
+        return True
 
     def _preempt(self, sequence: Sequence) -> None:
         self.remove(sequence)
@@ -416,8 +534,8 @@ class Scheduler:
         self._table[sequence.slot, index] = page
 
     def _key(self, sequence: Sequence) -> tuple[int, ...]:
-        """The tokens of the first page that is not in the cache's tree."""
-        return tuple(sequence.tokens[sequence.depth * self.page : (sequence.depth + 1) * self.page])
+        """What the first page that is not in the cache's tree says, as the tree knows it."""
+        return tuple(sequence.keys[sequence.depth * self.page : (sequence.depth + 1) * self.page])
 
     def _count_reused(self, sequence: Sequence, tokens: int) -> None:
         self.reused += tokens
@@ -431,6 +549,8 @@ class Scheduler:
         """Recompute the books; raises AssertionError where they are wrong."""
         self.pool.check([*(sequence.pages for sequence in self.running), self.reserved])
         self.cache.check()
+        if self.windows is not None:
+            self.windows.check(self.running, self.cache.nodes)
         slots = [sequence.slot for sequence in self.running]
         assert sorted(slots + self._slots) == list(range(self.max_running)), "a slot is lost"
         assert all(a.rank < b.rank for a, b in zip(self.running, self.running[1:], strict=False)), "out of rank"
@@ -438,11 +558,14 @@ class Scheduler:
         assert self._queued <= queued, "a waiting sequence is not queued"
         for sequence in self._queued:
             assert (sequence.running, sequence.pages, sequence.computed) == (False, [], 0), "it waits and has pages"
+            assert (sequence.local, sequence.passed) == ([], 0), "it waits and has local pages"
         rows = self._table[slots].tolist() if slots else []
         for sequence, row in zip(self.running, rows, strict=True):
             pages, depth = sequence.pages, sequence.depth
             assert row[: len(pages)] == pages, "the table names other pages"
             assert sequence.computed < len(sequence.tokens), "nothing is left to compute"
+            known = keys(sequence.tokens, sequence.request.pictures)
+            assert sequence.keys == known, "its tokens are known by other keys"
             assert len(pages) >= self._pages_for(sequence.computed), "computed tokens lie in no page"
             assert len(pages) <= self._pages_for(max(len(sequence.tokens), sequence.goal)), "pages too many"
             assert sequence.computed - self.page < depth * self.page <= sequence.computed or not self._caching, "depth"
@@ -451,7 +574,7 @@ class Scheduler:
                 assert node is not None, "its path is too short"
                 assert node.page == page, "its pages are not those of the tree"
                 start = depth * self.page - self.page
-                assert list(node.tokens) == sequence.tokens[start : start + self.page], "a page says something else"
+                assert list(node.tokens) == known[start : start + self.page], "a page says something else"
                 node, depth = node.parent, depth - 1
             assert node is None, "its path does not begin at a root"
             for page in pages[sequence.depth :]:

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from puna.engine.pictures import Shown, keys
 from puna.engine.prefix import Node
 from puna.engine.sampler import Draw, Sampler
 from puna.engine.speculation import Drafts
@@ -64,6 +65,8 @@ class Request:
     """Where answers are given and only their probabilities asked for: choice c is continuation c."""
     pooling: Pooling | None = None
     """How the prompt's hidden states become one vector, where that is all that is asked for."""
+    pictures: tuple[Shown, ...] = ()
+    """Those that stand in the prompt."""
     live: list[Sequence] = field(default_factory=list)
     forked: bool = False
     """Whether each choice has a sequence of its own; before, the first stands for all."""
@@ -85,8 +88,8 @@ class Sequence:
     """One choice of an answer, its prompt included. Until the prompt is computed there is but choice 0."""
 
     __slots__ = (
-        "choice", "computed", "constraint", "depth", "drafts", "goal", "node", "pages", "pooled", "rank", "read",
-        "request", "restarted", "reused", "sampler", "slot", "tokens", "turn", "wanted",
+        "_keys", "choice", "computed", "constraint", "depth", "drafts", "goal", "local", "node", "pages", "passed",
+        "pooled", "rank", "read", "request", "restarted", "reused", "sampler", "slot", "tokens", "turn", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -115,10 +118,30 @@ class Sequence:
         self.slot = -1
         """Its row in the scheduler's table of pages while it runs, else -1."""
         self.pages: list[int] = []
+        self.local: list[int] = []
+        """Its pages of layers that see one chunk only: the first `passed` are given back, and stand as NO_PAGE."""
+        self.passed = 0
         self.depth = 0
         """How many of its pages, from the first, are in the prefix cache."""
         self.node: Node | None = None
         """The last of those."""
+        self._keys: list[int] = keys(tokens, request.pictures) if request.pictures else tokens
+
+    @property
+    def keys(self) -> list[int]:
+        """What the prefix cache knows its tokens by, of which there are as many (see `engine.pictures`)."""
+        if self._keys is not self.tokens:  # beside pictures: what follows them are plain tokens
+            self._keys += self.tokens[len(self._keys) :]
+        return self._keys
+
+    def shown(self, start: int, end: int) -> list[Shown]:
+        """The pictures that its tokens from `start` to `end` are computed with."""
+        return [each for each in self.request.pictures if each.needed(start, end)]
+
+    @property
+    def shown_still(self) -> list[Shown]:
+        """The pictures that its next tokens are computed with, or may be."""
+        return self.shown(self.computed, max(self.goal, len(self.tokens)))
 
     @property
     def running(self) -> bool:

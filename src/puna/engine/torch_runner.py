@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from puna.engine.adapters import Adapters
-from puna.engine.runner import PAGE, Batch, Hidden, Logits, PagedCache
+from puna.engine.runner import PAGE, Batch, Hidden, Ids, Logits, PagedCache
 from puna.errors import DeviceError, UsageError
-from puna.kernels.layouts import BF16, PageTable, dtype_name
-from puna.models import decoder
+from puna.kernels.layouts import BF16, ChunkedTable, PageTable, dtype_name
 from puna.models.config import DecoderConfig
-from puna.models.tree import DecoderWeights, KVCache, leaves, tree_map
+from puna.models.registry import definition
+from puna.models.tree import TABLES, KVCache, Weights, leaves, tree_map
 from puna.types import KV_TYPES
 
 _CACHES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,12 +62,12 @@ class TorchRunner(PagedCache):
     def __init__(
         self,
         config: DecoderConfig,
-        weights: DecoderWeights,
+        weights: Weights,
         device: str,
         kv_type: str = KV_TYPES[0],
         page: int = PAGE,
     ) -> None:
-        types = {dtype_name(leaf) for name, leaf in leaves(weights) if name != "inv_freq"}
+        types = {dtype_name(leaf) for name, leaf in leaves(weights) if name not in TABLES}
         if len(types) > 1:  # torch multiplies like with like only
             raise UsageError(
                 f"--device {device}: the weights are stored in several types ({', '.join(sorted(types))}).",
@@ -80,9 +80,10 @@ class TorchRunner(PagedCache):
                 remedy="Leave it out, or use --device cpu.",
             )
         super().__init__(config, settled, page)
+        self._model = definition(config)
         self._device = open_device(device)
         with self._fitting("the model"):
-            self._weights: DecoderWeights = tree_map(self._move, weights)
+            self._weights: Weights = tree_map(self._move, weights)
         dtype = self._weights.norm.dtype
         self.adapters = Adapters(lambda array: torch.from_numpy(array).to(self._device, dtype))
 
@@ -96,16 +97,16 @@ class TorchRunner(PagedCache):
         """Bytes that the device has left, or None where that is the host's memory."""
         return torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else None
 
-    def allocate(self, pages: int) -> None:
+    def allocate(self, pages: int, local: int | None = None) -> None:
         """See Runner."""
         with self._fitting(f"a cache of {pages * self.page} tokens"):
-            super().allocate(pages)
+            super().allocate(pages, local)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Logits:
         """See Runner."""
         with self._fitting(f"a step of {len(batch.tokens)} tokens"):
-            return _host(decoder.logits(self._weights, self._forward(batch)))
+            return _host(self._model.logits(self._weights, self._forward(batch)))
 
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> Hidden:
@@ -118,15 +119,20 @@ class TorchRunner(PagedCache):
         """See Runner."""
         with self._fitting(f"a text of {len(tokens)} tokens"):
             ids = torch.tensor([tokens], dtype=torch.int32, device=self._device)
-            return _host(decoder.logits(self._weights, decoder.forward(self._weights, self.config, ids))[0])
+            return _host(self._model.logits(self._weights, self._model.forward(self._weights, self.config, ids))[0])
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         """Hidden states of the wanted rows, on the device."""
-        table = PageTable(*(torch.from_numpy(array).to(self._device) for array in batch.table))
-        ids, wanted = (torch.from_numpy(array).to(self._device) for array in (batch.tokens, batch.wanted))
+        table = PageTable(*map(self._ids, batch.table))
+        if batch.table.local is not None:
+            table = ChunkedTable(*table, self._ids(batch.table.local))
+        ids, wanted = self._ids(batch.tokens), self._ids(batch.wanted)
         weights = self.adapters.upon(self._weights, batch.adapters, batch.table.starts)
-        hidden: torch.Tensor = decoder.forward(weights, self.config, ids, table, self._cache)
+        hidden: torch.Tensor = self._model.forward(weights, self.config, ids, table, self._cache)
         return hidden[wanted]
+
+    def _ids(self, array: Ids) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)
 
     @contextmanager
     def _fitting(self, what: str) -> Iterator[None]:
@@ -139,11 +145,13 @@ class TorchRunner(PagedCache):
                 remedy="Use --device cpu, a smaller model, or less text (--max-tokens).",
             ) from error
 
-    def _empty(self, pages: int) -> KVCache:
+    def _empty(self, pages: int, local: int) -> KVCache:
         dtype = _CACHES[self.kv_type]
-        return decoder.make_cache(
-            self.config, pages, self.page, lambda shape: torch.zeros(shape, dtype=dtype, device=self._device)
-        )
+
+        def zeros(shape: tuple[int, ...]) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+
+        return self._model.make_cache(self.config, pages, self.page, zeros, local)
 
     def _read(self, part: torch.Tensor) -> bytes:
         return part.reshape(-1).view(torch.uint8).cpu().numpy().tobytes()

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from puna.engine.engine import PREFILL_CHUNK, Engine
-from puna.engine.native_runner import NATIVE, PLAIN, SHARES, NativeRunner, host_runner, steps
-from puna.engine.runner import Batch, HostRunner
+from puna.engine.native_runner import NATIVE, PLAIN, NativeRunner, host_runner, steps
+from puna.engine.runner import SHARES, Batch, HostRunner
 from puna.kernels import ops
 from puna.kernels.encode import quantize
 from puna.kernels.layouts import Mapped, Packed, Panels, page_table
@@ -115,14 +115,17 @@ def mapped_weights(folder: Path) -> DecoderWeights:
     return decoder.build(PACKED, parameter)
 
 
-def kinds(runner: NativeRunner) -> list[type]:
+def kinds(runner: HostRunner) -> list[type]:
     return [type(leaf) for _, leaf in leaves(runner._weights) if len(leaf.shape) == 2]
 
 
-def test_mapped_weights_are_regrouped_after_the_first_answer_and_no_bit_changes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [NativeRunner, HostRunner])
+def test_mapped_weights_are_regrouped_after_the_first_answer_and_no_bit_changes(
+    tmp_path: Path, kind: type[HostRunner]
+) -> None:
     tree = mapped_weights(tmp_path)
     regrouped = tree_map(lambda leaf: ops.prepare(leaf) if isinstance(leaf, Packed) else leaf, tree)
-    runner, settled = NativeRunner(PACKED, tree), NativeRunner(PACKED, regrouped)
+    runner, settled = kind(PACKED, tree), kind(PACKED, regrouped)
     assert set(kinds(settled)) == {Panels}
     for each in (runner, settled):
         each.allocate(1)

@@ -19,17 +19,21 @@ def _model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Storing(ChecksumRunner):
-    def read_page(self, page: int) -> bytes:
-        return self.store[page].tobytes()
+    def __init__(self, page: int, chunk: int = 0) -> None:
+        super().__init__(page, chunk)
+        self.page_bytes = 8 * page
 
-    def write_page(self, page: int, data: Any) -> None:
+    def read_page(self, page: int, *, local: bool = False) -> bytes:
+        return (self.local_store if local else self.store)[page].tobytes()
+
+    def write_page(self, page: int, data: Any, *, local: bool = False) -> None:
         if len(data) != 8 * self.page:
             raise ValueError(f"a page is {8 * self.page} bytes")
-        self.store[page] = np.frombuffer(data, np.uint64)
+        (self.local_store if local else self.store)[page] = np.frombuffer(data, np.uint64)
 
 
-def make(pages: int = 40, **options: Any) -> Engine:
-    return Engine(Storing(4), pages=pages, **options)
+def make(pages: int = 40, chunk: int = 0, **options: Any) -> Engine:
+    return Engine(Storing(4, chunk), pages=pages, **options)
 
 
 def answer(engine: Engine, prompt: list[int], namespace: str = "") -> tuple[list[int], int]:
@@ -45,12 +49,12 @@ def answer(engine: Engine, prompt: list[int], namespace: str = "") -> tuple[list
     return made, reused
 
 
-def saved(prompt: list[int], namespace: str = "") -> list[bytes]:
-    engine = make()
+def saved(prompt: list[int], namespace: str = "", chunk: int = 0) -> list[bytes]:
+    engine = make(chunk=chunk)
     answer(engine, prompt, namespace)
-    count, pages = engine.kept(prompt, namespace=namespace)
-    found = list(pages)
-    assert len(found) == count
+    kept = engine.kept(prompt, namespace=namespace)
+    found = list(kept.contents)
+    assert len(found) == kept.pages
     return found
 
 
@@ -127,17 +131,40 @@ def test_a_fault_on_the_way_keeps_what_came_before_it() -> None:
     assert answer(engine, PROMPT) == (plainly(PROMPT, 6)[0], 12)
 
 
-def test_traffic_with_pages_that_come_and_go() -> None:
+def test_without_room_for_local_pages_less_comes_back() -> None:
+    pages = saved(PROMPT, chunk=16)
+    assert list(map(len, pages)) == [32, 32, 32, 32, 64, 64, 64]
+    engine = make(chunk=16, local_pages=5)
+    engine.submit([5] * 9, Sampling(temperature=0, max_tokens=2))
+    engine.step()  # holds three of them
+    assert engine.restore(PROMPT, pages) == 24
+    engine.check()
+    assert engine.kept(PROMPT)[::2] == (6, 2)
+    assert answer(engine, PROMPT)[0] == plainly(PROMPT, 6, chunk=16)[0]
+    with pytest.raises(ValueError, match="a page is 32 bytes"):
+        make().restore(PROMPT, pages)  # a model without such layers
+    half = make(chunk=16)
+    with pytest.raises(ValueError, match="a page is 32 bytes"):
+        half.restore(PROMPT, [*pages[:5], pages[5][:40], pages[6]])
+    half.check()
+    assert answer(half, PROMPT) == (plainly(PROMPT, 6, chunk=16)[0], 20)
+
+
+@pytest.mark.parametrize("chunk", [0, 4, 6, 16])
+def test_traffic_with_pages_that_come_and_go(chunk: int) -> None:
     pick = random.Random(1)
-    engine = make(pages=30, step_tokens=8)
+    engine = make(pages=30, chunk=chunk, step_tokens=8, local_pages=9)
     texts = [[pick.randrange(VOCAB) for _ in range(pick.randint(1, 40))] for _ in range(12)]
-    store = {i: saved(text) for i, text in enumerate(texts)}
+    store = {i: saved(text, chunk=chunk) for i, text in enumerate(texts)}
     asked: dict[int, tuple[list[int], list[int]]] = {}
     restored = 0
     for _ in range(600):
         if pick.random() < 0.3 and len(asked) < 20:
             prompt = [*pick.choice(texts), *[pick.randrange(VOCAB)][: pick.randint(0, 1)]]
-            asked[engine.submit(prompt, Sampling(temperature=0, max_tokens=5))] = (plainly(prompt, 5)[0], [])
+            asked[engine.submit(prompt, Sampling(temperature=0, max_tokens=5))] = (
+                plainly(prompt, 5, chunk=chunk)[0],
+                [],
+            )
         if pick.random() < 0.3:
             i = pick.randrange(12)
             restored += engine.restore(texts[i], store[i])
