@@ -12,9 +12,10 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from puna.models import decoder
+from puna.models.registry import definition, seeing
 from puna.types import ModelCard
 from puna.weights import gguf_model
+from puna.weights.load import guard_version, infills
 from puna.weights.session_file import model_identity
 
 if TYPE_CHECKING:
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from puna.weights.checkpoint import Checkpoint
 
 _STORED_AS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-_INFILLING_VOCABULARY = 32_016
-"""Code Llama's sizes that were trained to fill in the middle have 16 tokens more than Llama 2, the others none (Code
-Llama: Open Foundation Models for Code, 2.3; meta-llama/codellama, llama/tokenizer.py)."""
 
 
 def model_card(
@@ -47,7 +45,7 @@ def model_card(
         name=_called(name, checkpoint),
         format=checkpoint.format,
         family=config.generation,
-        parameters=decoder.parameter_count(config),
+        parameters=definition(config).parameter_count(config),
         quantization=quant or _STORED_AS.get(dtype) or _quantization(checkpoint),
         nbytes=sum(stat.st_size for stat in stats),
         modified=max((stat.st_mtime for stat in stats), default=0.0),
@@ -57,7 +55,9 @@ def model_card(
         embedding_length=config.dim,
         chat=chat_format is not None,
         tools=chat_format is not None and chat_format.tells_tools,
-        infills=config.generation == "codellama" and config.vocab_size >= _INFILLING_VOCABULARY,
+        sees=chat_format is not None and chat_format.sees and seeing(config) is not None,
+        infills=infills(config, tokenizer),
+        guards=guard_version(name, checkpoint, tokenizer),
         template=None if chat_format is None else chat_format.template,
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -19,11 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from puna.engine.engine import Progress
+from puna.engine.pictures import Shown
 from puna.engine.sampler import Draw
 from puna.engine.thread import STUCK_AFTER, EngineThread, Health, Listener
 from puna.errors import ChatFormatError, ContextError, PunaError, QueueFullError, TokenizerError, UsageError
 from puna.gateway.card import model_card
 from puna.gateway.post import Mail, Post
+from puna.images import pictures_of
 from puna.llm import LLM, scores_of, vector_of
 from puna.text.answer import AnswerText
 from puna.text.tools import CallParser, call_grammar
@@ -33,6 +36,8 @@ from puna.types import (
     Event,
     FinishReason,
     Grammar,
+    Infill,
+    Judge,
     Message,
     ModelCard,
     Pooling,
@@ -57,6 +62,9 @@ TOKEN_CHARS = 32
 """Characters that a token of a prompt stands for at most, on the average of all of them. Text of people has 3 to 5, and
 a text above this is refused before it is encoded: that takes a second for each megabyte, of whatever length is sent."""
 
+PIXEL_BYTES = 2 << 30
+"""Bytes of pictures made ready for the requests under way: one takes up to 23 MB."""
+
 SHORT_PROMPT = 1000
 """Characters, or ids, of a prompt that the event loop encodes itself: well under a millisecond."""
 
@@ -71,7 +79,9 @@ class LocalBackend:
         engine = llm.take_engine()
         dtype, quant = llm.loaded_as
         card = model_card(llm.name, llm.checkpoint, llm.tokenizer, llm.chat_format, dtype=dtype, quant=quant)
-        self._card = replace(card, name=name or card.name, context_length=engine.capacity)
+        self._card = replace(card, name=name or card.name, context_length=engine.capacity, sees=card.sees and llm.sees)
+        self._pixel_bytes = 0  # of requests under way
+        self._pixel_lock = threading.Lock()  # they may be of several event loops
         self._special = frozenset(llm.tokenizer.special.values())
         self._post = Post()
         self._thread = EngineThread(engine, stuck_after=stuck_after, settle=llm.settle, step_told=self._post)
@@ -172,8 +182,8 @@ class LocalBackend:
     async def encode(self, prompt: Prompt, *, raw: bool = False, tools: Sequence[Tool] = ()) -> tuple[int, ...]:
         """See types.Backend. Raises what `LLM.encode` does."""
         self._check_length(prompt, tools)
-        ids, _ = await asyncio.to_thread(self._llm.prompt_ids, prompt, raw=raw, tools=tools)
-        return tuple(ids)
+        made = await asyncio.to_thread(self._llm.prepared, prompt, raw=raw, tools=tools)
+        return tuple(made.ids)
 
     async def decode(self, ids: Sequence[int]) -> str:
         """See types.Backend. Special tokens are told by their names."""
@@ -209,6 +219,11 @@ class LocalBackend:
             pages_free=now.pages_free,
             page_tokens=page_tokens,
             page_bytes=page_bytes,
+            local_pages_total=cache.local_pages,
+            local_pages_used=now.local_pages_used,
+            local_pages_cached=now.local_pages_cached,
+            local_pages_free=now.local_pages_free,
+            local_page_bytes=self._llm.local_page_bytes,
             steps=now.steps,
             computed_tokens=now.computed_tokens,
             reused_tokens=now.reused_tokens,
@@ -240,9 +255,44 @@ class LocalBackend:
         await asyncio.to_thread(self._thread.close)
 
     async def _generate(self, request: Request) -> AsyncGenerator[Event]:
-        sampling = request.sampling
         self._check_length(request.prompt, request.tools)
-        plan = self._plan(request) if _is_short(request) else await asyncio.to_thread(self._plan, request)
+        if not pictures_of(request.prompt):
+            plan = self._plan(request) if _is_short(request) else await asyncio.to_thread(self._plan, request)
+            async with aclosing(self._answered(request, plan)) as events:
+                async for event in events:
+                    yield event
+            return
+        held = 0
+        self._check_pixels()
+        plan = await asyncio.to_thread(self._plan, request)
+        try:
+            held = self._hold_pixels(plan)
+            async with aclosing(self._answered(request, plan)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            with self._pixel_lock:
+                self._pixel_bytes -= held
+
+    def _check_pixels(self, more: int = 0) -> None:
+        """Raises QueueFullError where there is no room for `more` bytes beside those of the requests under way."""
+        if self._pixel_bytes + more > PIXEL_BYTES:
+            raise QueueFullError(
+                f"Pictures of {self._pixel_bytes / 1e6:,.0f} MB are waiting or looked at already.",
+                remedy="Try again when some have been answered.",
+            )
+
+    def _hold_pixels(self, plan: _Plan) -> int:
+        """Count a request's pictures among those under way; returns their bytes. Raises QueueFullError."""
+        nbytes: int = sum({each.digest: each.pixels.tiles.nbytes for each in plan.pictures}.values())
+        with self._pixel_lock:
+            if self._pixel_bytes:  # one request alone is always taken
+                self._check_pixels(nbytes)
+            self._pixel_bytes += nbytes
+        return nbytes
+
+    async def _answered(self, request: Request, plan: _Plan) -> AsyncGenerator[Event]:
+        sampling = request.sampling
         grammar = plan.grammar
         constraint = None if grammar is None else await asyncio.to_thread(self._compile, grammar)
         strict = {name: await self._compiled(each) for name, each in plan.strict.items()}
@@ -255,6 +305,7 @@ class LocalBackend:
             priority=request.priority,
             deadline=None if request.timeout is None else time.monotonic() + request.timeout,
             adapter=request.adapter or self._llm.adapter,
+            pictures=plan.pictures,
         )
         number = await self._begun(submit(prompt=plan.prompt, sampling=sampling, constraint=constraint))
         # Which choice it is that a choice of a request of the engine's makes: a strict call has a request of its own.
@@ -313,17 +364,17 @@ class LocalBackend:
             )
 
     def _plan(self, request: Request) -> _Plan:
-        """What a request comes to. Raises what `LLM.prompt_ids` does, and UsageError and GrammarError about tools."""
+        """What a request comes to. Raises what `LLM.prepared` does, and UsageError and GrammarError about tools."""
         llm, stops = self._llm, request.sampling.stop
         if not request.tools or request.tool_choice == "none":
-            ids, follows = llm.prompt_ids(request.prompt, raw=request.raw, tools=request.tools)
-            return _Plan(ids, follows, request.grammar, stops=stops)
+            ids, follows, pictures = llm.prepared(request.prompt, raw=request.raw, tools=request.tools)
+            return _Plan(ids, follows, request.grammar, stops=stops, pictures=pictures)
         if request.grammar is not None:
             raise UsageError(
                 "An answer that may be a call of a tool cannot have a given form too.",
                 remedy='Leave the form or the tools out, or set tool_choice to "none".',
             )
-        ids, follows = llm.prompt_ids(request.prompt, raw=request.raw, tools=request.tools)
+        ids, follows, pictures = llm.prepared(request.prompt, raw=request.raw, tools=request.tools)
         form = None if llm.chat_format is None else llm.chat_format.call_form
         assert form is not None  # else `prompt_ids` refused the tools
         names = request.callable_tools or tuple(tool.name for tool in request.tools)
@@ -332,11 +383,11 @@ class LocalBackend:
         if request.tool_choice == "required":
             grammar = call_grammar(form, tools, many=many)
             tag = llm.tokenizer.encode(form.tag, allow_special=True) if form.tag else []  # no grammar has room for it
-            return _Plan([*ids, *tag], follows, grammar, names, many, tagged=bool(tag), stops=stops)
+            return _Plan([*ids, *tag], follows, grammar, names, many, tagged=bool(tag), stops=stops, pictures=pictures)
         # Where several calls are one list, they are one text, which may hold any of the tools.
         room = form.kind == "pythonic" and form.many and many
         strict = {tool.name: call_grammar(form, tools if room else [tool], many=many) for tool in tools if tool.strict}
-        return _Plan(ids, follows, None, names, many, strict=strict, stops=stops)
+        return _Plan(ids, follows, None, names, many, strict=strict, stops=stops, pictures=pictures)
 
     async def _begun(self, submitted: Future[int]) -> int:
         """The number of a request. Raises what submitting it did."""
@@ -379,8 +430,8 @@ class LocalBackend:
 class _Plan:
     """What a request comes to: the ids that the answer follows, those that its text continues, the form it must have,
     the tools that it may call (none where calls are not looked for), whether several, whether the prompt ends with the
-    tag that stands before a call, the grammars of calls of strict tools that the model chooses to make, and the
-    strings that end the answer."""
+    tag that stands before a call, the grammars of calls of strict tools that the model chooses to make, the
+    strings that end the answer, and the pictures in the prompt."""
 
     prompt: list[int]
     follows: list[int]
@@ -390,6 +441,7 @@ class _Plan:
     tagged: bool = False
     strict: Mapping[str, Grammar] = field(default_factory=dict)
     stops: tuple[str, ...] = ()
+    pictures: tuple[Shown, ...] = ()
 
 
 @dataclass
@@ -486,6 +538,10 @@ def _characters(prompt: Prompt, tools: Sequence[Tool]) -> int:
     size = sum(len(tool.name) + len(tool.description) + len(tool.parameters) for tool in tools)
     if isinstance(prompt, str):
         return size + len(prompt)
+    if isinstance(prompt, Infill):
+        return size + len(prompt.prefix) + len(prompt.suffix)
+    if isinstance(prompt, Judge):
+        return _characters(prompt.messages, tools) + sum(len(c.name) + len(c.description) for c in prompt.categories)
     for part in prompt:
         if isinstance(part, Message):
             size += len(part.content) + sum(len(call.name) + len(call.arguments) for call in part.tool_calls)
@@ -511,6 +567,8 @@ def _told(draws: Sequence[Draw] | None) -> tuple[TokenLogprob, ...]:
 def _is_short(request: Request) -> bool:
     """Whether its prompt becomes ids sooner than a thread would have begun. A chat's template may do anything."""
     prompt = request.prompt
+    if isinstance(prompt, Infill | Judge):
+        return False
     plain = request.raw or not (isinstance(prompt, str) or (prompt and isinstance(prompt[0], Message)))
     return plain and not request.tools and len(prompt) <= SHORT_PROMPT
 

@@ -3,20 +3,26 @@
 What it is: `Post`, which carries, and `Mail`, the box of one answer under way.
 What it is not: a queue without an end that anybody may fill: a box holds what its own request made.
 What is surprising: waking a loop is a system call that lets go of Python's lock, and the thread waits to have it back.
-Once a step instead of once a stream is what sixteen streams' tokens a second hang on. And what was made for a choice
-while its reader was busy is read as one piece.
+Once a step instead of once a stream is what sixteen streams' tokens a second hang on. Where steps take less than
+`PACE`, tokens in the middle of answers wait for those of the steps that follow (the first of an answer and its end wait
+for nothing): a piece costs what it costs, however many tokens are in it. And what was made for a choice while its
+reader was busy is read as one piece.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections import deque
 
 from puna.engine.engine import Progress
 from puna.errors import PunaError
 
 Item = Progress | PunaError
+
+PACE = 0.01
+"""Seconds between two deliveries of what nobody waits for. A step of a model of a billion parameters takes longer."""
 
 
 class Post:
@@ -25,6 +31,9 @@ class Post:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._gathered: dict[asyncio.AbstractEventLoop, list[tuple[Mail, Item]]] = {}
+        self._urgent: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
+        # Loops that come by themselves within PACE.
+        self._paced: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
         self._held = False
 
     def __enter__(self) -> None:
@@ -35,12 +44,14 @@ class Post:
         """Carry what was gathered."""
         self._held = False
         with self._lock:
-            loops = list(self._gathered)
+            loops = [loop for loop in self._gathered if loop in self._urgent or loop not in self._paced]
         for loop in loops:
             try:
                 self._wake(loop)
             except RuntimeError:  # it was closed just now, and its readers are gone with it
                 with self._lock:
+                    for of in (self._urgent, self._paced):
+                        of.discard(loop)
                     self._gathered.pop(loop, None)
 
     def send(self, mail: Mail, item: Item) -> None:
@@ -50,6 +61,8 @@ class Post:
             raise RuntimeError("The event loop is closed.")
         with self._lock:
             self._gathered.setdefault(loop, []).append((mail, item))
+            if mail.waits_for(item):
+                self._urgent.add(loop)
         if not self._held:
             self._wake(loop)
 
@@ -59,8 +72,19 @@ class Post:
     def _deliver(self, loop: asyncio.AbstractEventLoop) -> None:
         with self._lock:
             items = self._gathered.pop(loop, ())
+            self._urgent.discard(loop)
+            again = bool(items) and loop not in self._paced
+            if again:
+                self._paced.add(loop)
         for mail, item in items:
             mail.arrived(item)
+        if again:
+            loop.call_later(PACE, self._come_by, loop)
+
+    def _come_by(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self._lock:
+            self._paced.discard(loop)
+        self._deliver(loop)
 
 
 class Mail:
@@ -70,11 +94,21 @@ class Mail:
         self.loop = asyncio.get_running_loop()
         self._post = post
         self._items: deque[Item] = deque()
+        self._begun: set[int] = set()
         self._news: asyncio.Future[None] | None = None
 
     def put(self, item: Item) -> None:
         """The engine's thread, or its watchdog, tells (`thread.Listener`)."""
         self._post.send(self, item)
+
+    def waits_for(self, item: Item) -> bool:
+        """Whether somebody waits for this: all but tokens in the middle of an answer. Asked once an item, in order."""
+        if isinstance(item, PunaError) or not item.tokens or item.finish is not None or item.error is not None:
+            return True
+        if item.choice in self._begun:
+            return False
+        self._begun.add(item.choice)
+        return True
 
     def arrived(self, item: Item) -> None:
         """An item is there."""

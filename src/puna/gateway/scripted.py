@@ -15,6 +15,8 @@ from puna.types import (
     Activity,
     Embeddings,
     Event,
+    Infill,
+    Judge,
     Message,
     ModelCard,
     Pooling,
@@ -58,11 +60,16 @@ def saying(*pieces: str) -> Script:
 
 
 def encoded(prompt: Prompt | str) -> tuple[int, ...]:
-    """The bytes of a prompt; of a conversation, of `role: content` lines."""
+    """The bytes of a prompt; of a conversation, of `role: content` lines, with `[picture]` for one; of a gap, of what
+    stands around it."""
     if isinstance(prompt, str):
         return tuple(prompt.encode())
+    if isinstance(prompt, Infill):
+        return tuple((prompt.prefix + prompt.suffix).encode())
+    if isinstance(prompt, Judge):
+        return encoded(prompt.messages)
     if prompt and isinstance(prompt[0], Message):
-        return tuple("".join(f"{m.role}: {m.content}\n" for m in prompt if isinstance(m, Message)).encode())
+        return tuple("".join(f"{m.role}: {m.marked}\n" for m in prompt if isinstance(m, Message)).encode())
     return tuple(token for token in prompt if isinstance(token, int))
 
 

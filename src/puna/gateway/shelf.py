@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from puna.catalog import models as catalog
-from puna.engine.runner import PAGE, page_bytes, settled_kv_type
+from puna.engine.runner import PAGE, local_page_bytes, page_bytes, settled_kv_type, window
 from puna.errors import UsageError
 from puna.gateway.card import model_card
 from puna.gateway.fleet import Described, Served
@@ -124,13 +124,16 @@ class LocalShelf:
         if options.draft is not None:
             draft = open_checkpoint(find_model(options.draft))
             context = -(-draft.config.context_length // PAGE)
-            weights += draft.nbytes + context * page_bytes(draft.config, kv_type) + BESIDES * draft.config.vocab_size
+            draft_page = page_bytes(draft.config, kv_type) + local_page_bytes(draft.config, kv_type)
+            weights += draft.nbytes + context * draft_page + BESIDES * draft.config.vocab_size
         known = model_card(model.name, checkpoint, words, chat, dtype=options.dtype, quant=options.quant or "")
         card = replace(known, name=model.name, aliases=model.aliases)
         need = model_need(
             weights=weights,
             page=PAGE,
             page_bytes=page_bytes(config, kv_type),
+            local_page_bytes=local_page_bytes(config, kv_type),
+            window=window(config),
             context=config.context_length,
             sequences=SEQUENCES,
             cache=None if options.kv_memory is None else int(options.kv_memory * 1e9),

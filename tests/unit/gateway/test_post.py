@@ -10,7 +10,7 @@ import pytest
 from puna.engine.progress import Progress
 from puna.engine.sampler import Draw
 from puna.errors import StoppedError
-from puna.gateway.post import Mail, Post, joined
+from puna.gateway.post import PACE, Mail, Post, joined
 
 
 def test_a_step_is_carried_by_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,3 +80,46 @@ def test_a_reader_whose_loop_is_closed_is_gone() -> None:
     gone = asyncio.run(box())
     with pytest.raises(RuntimeError, match="closed"):
         gone.put(Progress(1, 0, (1,)))
+
+
+def test_tokens_in_the_middle_of_an_answer_come_by_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        loop, post = asyncio.get_running_loop(), Post()
+        box, timers = Mail(post), []
+        wakes: list[object] = []
+        call = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *a: (wakes.append(a), call(*a))[1])
+        monkeypatch.setattr(loop, "call_later", lambda seconds, *a: timers.append((seconds, a)))
+
+        def step(*items: Progress) -> None:
+            with post:
+                for item in items:
+                    box.put(item)
+
+        step(Progress(1, 0, (), prefilled=3))
+        step(Progress(1, 0, (1,), prefilled=3))  # the first token: at once
+        assert len(wakes) == 2
+        await asyncio.sleep(0)
+        assert (await box.get(), await box.get()) == (
+            Progress(1, 0, (), prefilled=3), Progress(1, 0, (1,), prefilled=3),
+        )  # fmt: skip
+        [(seconds, (late, of))] = timers
+        assert seconds == PACE
+        step(Progress(1, 0, (2,), prefilled=3))
+        step(Progress(1, 0, (3,), prefilled=3))
+        assert len(wakes) == 2, "nobody is woken for them"
+        late(of)
+        assert await box.get() == Progress(1, 0, (2, 3), prefilled=3)
+        assert len(timers) == 2, "and so on while tokens come"
+        step(Progress(1, 0, (4,), prefilled=3), Progress(1, 1, (5,), prefilled=3))  # a choice's first: both at once
+        assert len(wakes) == 3
+        step(Progress(1, 0, (6,), finish="length", prefilled=3))
+        assert len(wakes) == 4
+        await asyncio.sleep(0)
+        assert [(await box.get()).tokens for _ in range(3)] == [(4,), (5,), (6,)]  # type: ignore[union-attr]
+        late(of)  # nothing came: it ends
+        assert len(timers) == 2
+        step(Progress(1, 1, (7,), prefilled=3))
+        assert len(wakes) == 5, "after a while without any, a token is delivered at once"
+
+    asyncio.run(scene())
