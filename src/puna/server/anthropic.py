@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -24,6 +24,7 @@ from puna.errors import StoppedError
 from puna.server import anthropic_bodies as bodies
 from puna.server.anthropic_bodies import CountBody, MessagesBody
 from puna.server.caller import Caller, needs
+from puna.server.elsewhere import Fetcher, at_hand
 from puna.server.fields import COUNT, TEXT, answer, check_tools, errors, several, shape
 from puna.server.prefill import begun, check_begun
 from puna.server.problems import problem_of, shaped
@@ -44,7 +45,9 @@ _MESSAGE = shape(
     role={"const": "assistant"},
     model=TEXT,
     content=several(shape(type={"enum": ["text", "tool_use"]})),
-    stop_reason={"enum": ["end_turn", "stop_sequence", "tool_use", "max_tokens", "model_context_window_exceeded"]},
+    stop_reason={
+        "enum": ["end_turn", "stop_sequence", "tool_use", "max_tokens", "model_context_window_exceeded", "refusal"]
+    },
     stop_sequence={"type": ["string", "null"]},
     usage=shape(input_tokens=COUNT, output_tokens=COUNT),
 )
@@ -78,14 +81,13 @@ async def messages(
 @router.post("/v1/messages/count_tokens", responses=errors("anthropic"))
 async def count_tokens(
     body: CountBody,
-    request: Request,
     caller: Annotated[Caller, Depends(needs("infer"))],
     service: Annotated[Service, Depends(service_of)],
 ) -> dict[str, int]:
     """How many tokens a conversation has, with the system's message, the tools and the assistant's header."""
     asked = Conversation.of(body)
-    await service.ledger.admit(Call(request_id(request), caller, "count_tokens", body.model))
     async with service.use(caller, body.model) as backend:
+        asked = await asked.seen(service.pictures, backend)
         return {"input_tokens": len(await asked.ids(backend))}
 
 
@@ -120,6 +122,10 @@ class Conversation:
         """Whether the assistant's answer was begun."""
         return self.messages[-1].role == "assistant"
 
+    async def seen(self, fetcher: Fetcher, backend: Backend) -> Conversation:
+        """The same with its pictures at hand. Raises RequestError where the model does not see."""
+        return replace(self, messages=await at_hand(fetcher, backend, self.messages))
+
     async def ids(self, backend: Backend) -> tuple[int, ...]:
         """The token ids that the model starts from."""
         tools = self.options["tools"]
@@ -148,6 +154,7 @@ async def _events(
 ) -> AsyncGenerator[dict[str, Any]]:
     """The protocol's events, from `message_start` to `message_stop`."""
     async with service.use(call.caller, call.model) as backend:
+        asked = await asked.seen(service.pictures, backend)
         ids = await asked.ids(backend)
         wanted = asked.request(body, ids, backend.card.context_length)
         blocks, started, last, usage = Blocks(), False, Event(), None
@@ -201,7 +208,8 @@ def _reason(last: Event, called: bool) -> str:
     """Raises StoppedError for an answer that ended without a reason, or was ended by the server."""
     if last.finish == "stop":
         return "stop_sequence" if last.stopped_by else "tool_use" if called else "end_turn"
-    reasons = {"length": "max_tokens", "deadline": "max_tokens", "context": "model_context_window_exceeded"}
+    reasons = {"length": "max_tokens", "deadline": "max_tokens", "context": "model_context_window_exceeded",
+               "filtered": "refusal"}  # fmt: skip
     if last.finish not in reasons:
         raise StoppedError("The answer was ended before it was whole.", remedy="Ask again.")
     return reasons[last.finish]

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from puna.server.bodies import Body
 from puna.server.fields import asks_for_nothing, json_text, refuse, refused, told_refused
 from puna.server.limits import MAX_MODEL_NAME, MAX_STOP_CHARS, MAX_STOPS, MAX_TOOLS
+from puna.server.pictures import decoded, picture_at, together
 from puna.server.problems import RequestError
 from puna.types import Grammar, Message, Tool, ToolCall, ToolChoice
 
@@ -37,6 +38,21 @@ class TextBlock(Body):
     text: str
     cache_control: CacheControl | None = None
     citations: Any = None
+
+
+class ImageSource(Body):
+    """A picture itself, in base64."""
+
+    type: Literal["base64"]
+    media_type: Literal["image/png", "image/jpeg", "image/webp", "image/gif"]
+    data: str
+
+
+class UrlSource(Body):
+    """Where a picture lies."""
+
+    type: Literal["url"]
+    url: str
 
 
 class DirectCaller(Body):
@@ -65,8 +81,23 @@ class OtherBlock(BaseModel):
     type: str
 
 
+class ImageBlock(Body):
+    """A picture. One that lies elsewhere (`url`) is fetched where the operator allows its host; there are no files."""
+
+    type: Literal["image"]
+    source: Annotated[
+        Annotated[ImageSource, Tag("base64")] | Annotated[UrlSource, Tag("url")] | Annotated[OtherBlock, Tag("other")],
+        Discriminator(lambda value: kind if (kind := _type(value)) in ("base64", "url") else "other"),
+    ]
+    cache_control: CacheControl | None = None
+
+
+def _type(value: Any) -> Any:
+    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+
+
 _OTHERS = {
-    "image": "this model takes text only",
+    "image": "a picture stands in a user's message",
     "document": "give its text in a text block",
     "search_result": "give its text in a text block",
     "thinking": "no model here thinks in blocks of its own",
@@ -78,7 +109,7 @@ _SERVER = "what a service's own tools made is not known here"
 def _kind(value: object) -> str:
     """The tag of a block, of a body that nobody has looked at yet or of one that was read."""
     kind = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
-    return kind if kind in ("text", "tool_use", "tool_result") else "other"
+    return kind if kind in ("text", "tool_use", "tool_result", "image") else "other"
 
 
 def _text_or_list(value: object) -> str:
@@ -111,6 +142,7 @@ Block = Annotated[
     Annotated[TextBlock, Tag("text")]
     | Annotated[ToolUseBlock, Tag("tool_use")]
     | Annotated[ToolResultBlock, Tag("tool_result")]
+    | Annotated[ImageBlock, Tag("image")]
     | Annotated[OtherBlock, Tag("other")],
     Discriminator(_kind),
 ]
@@ -279,7 +311,7 @@ def conversation(body: CountBody) -> tuple[Message, ...]:
 
 def _together(first: Message, second: Message) -> Message:
     content = "\n".join(text for text in (first.content, second.content) if text)
-    return Message(first.role, content, first.tool_calls + second.tool_calls)
+    return Message(first.role, content, first.tool_calls + second.tool_calls, pictures=together(first, second, "\n"))
 
 
 def _assistant(blocks: list[Any], name: str) -> Message:
@@ -300,7 +332,9 @@ def _user(blocks: list[Any], role: str, name: str, called: set[str]) -> list[Mes
     for i, block in enumerate(blocks):
         where = f"{name}.{i}"
         if not isinstance(block, ToolResultBlock) or role == "system":
-            turn = Message(role, _text(block, role, where))
+            turn = _shown(block, where) if isinstance(block, ImageBlock) and role == "user" else Message(
+                role, _text(block, role, where)
+            )  # fmt: skip
             turns.append(_together(turns.pop(), turn) if turns and turns[-1].role == role else turn)
             continue
         refuse(block, {"toolset_name": "there are no sets of tools here"}, f"{where}.")
@@ -314,6 +348,17 @@ def _user(blocks: list[Any], role: str, name: str, called: set[str]) -> list[Mes
         result = _texts(block.content or "", f"{where}.content")
         turns.append(Message("tool", f"Error: {result}" if block.is_error else result, (), block.tool_use_id))
     return turns or [Message(role, "")]
+
+
+def _shown(block: ImageBlock, where: str) -> Message:
+    source = block.source
+    if isinstance(source, OtherBlock):
+        raise refused(f"{where}.source ({source.type[:40]})", "send the picture itself, in base64")
+    if isinstance(source, UrlSource):
+        picture = picture_at(source.url, f"{where}.source.url")
+    else:
+        picture = decoded(source.data, f"{where}.source.data")
+    return Message("user", "", pictures=((0, picture),))
 
 
 def _texts(content: Any, name: str) -> str:

@@ -43,6 +43,8 @@ from puna.server import (
 )
 from puna.server.description import describe
 from puna.server.door import Door, open_door
+from puna.server.elsewhere import Fetcher
+from puna.server.guarding import Guarding
 from puna.server.observe import Observatory
 from puna.server.openai_batches import Worker
 from puna.server.page_routes import page_files, page_router
@@ -81,15 +83,18 @@ def create_app(
     door: Door | None = None,
     observatory: Observatory | None = None,
     state: Path | None = None,
+    guard: Guarding | None = None,
+    pictures: Fetcher | None = None,
 ) -> FastAPI:
     """The server over these models. `door` says who may do what; without one everybody may do everything, as a test or
     a program that brings its own door wants it. `observatory` sees what is done. `state` is the folder where files,
-    batches and stored responses live; without one they live in memory until the end. The models, the door and the
-    observatory are closed with the application."""
+    batches and stored responses live; without one they live in memory until the end. `guard` judges what is asked and
+    answered, and is what `/v1/moderations` asks where no model is named. `pictures` fetches those that lie elsewhere;
+    without it none is. The models, the door and the observatory are closed with the application."""
     every: Models = models if isinstance(models, Models) else OneModel(models)
     door = door or open_door()
     observatory = observatory or Observatory()
-    service = Service(every, door, observatory)
+    service = Service(every, door, observatory, guard, pictures)
 
     store = Store(state)
     worker = Worker(service, store)
@@ -107,11 +112,11 @@ def create_app(
 
     # Telemetry is the observatory's: the framework would ask the environment for it at each request.
     app = FastAPI(
-        title="Puna", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan,
+        title="Puna", version=__version__, docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )  # fmt: skip
     app.state.service, app.state.observatory, app.state.draining = service, observatory, False
-    app.state.store, app.state.worker = store, worker
+    app.state.store, app.state.worker, app.state.guard = store, worker, guard
     for router in ROUTERS:
         app.include_router(router)
     app.include_router(page_router(page_files()))

@@ -2,14 +2,18 @@
 
 What it is: FastAPI's description with the answers of the door in it, and without those that no route gives.
 What it is not: a route's own answers; those stand beside the route.
-What is surprising: FastAPI writes a 422 to every route that takes anything; here a body that does not fit is a 400.
+What is surprising: FastAPI writes a 422 to every route that takes anything; here a body that does not fit is a 400. And
+it is made when it is first asked for, in a thread: it takes most of a second, and answers under way go on.
 """
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from puna.server.problems import Problem, protocol_of, shaped
 
@@ -31,7 +35,7 @@ _DOOR = {
 
 
 def describe(app: FastAPI) -> None:
-    """Have the application describe itself so."""
+    """Have the application describe itself so, at /openapi.json."""
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -40,7 +44,11 @@ def describe(app: FastAPI) -> None:
         assert app.openapi_schema is not None
         return app.openapi_schema
 
+    async def told(_: Request) -> Response:
+        return JSONResponse(await asyncio.to_thread(openapi))
+
     app.openapi = openapi  # type: ignore[method-assign]
+    app.add_route("/openapi.json", told, include_in_schema=False)
 
 
 def _complete(schema: dict[str, Any]) -> None:

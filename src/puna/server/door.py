@@ -140,16 +140,25 @@ class Door:
 
     # -- limits of keys (service.Ledger) ---------------------------------------------------------------------------
 
-    async def admit(self, call: Call) -> None:
+    async def stands(self, caller: Caller) -> None:
+        """See service.Ledger."""
+        await self._standing(caller)
+
+    async def _standing(self, caller: Caller) -> Key | None:
+        if self._ring is None or not caller.key:
+            return None
+        await self._ring.refresh()
+        key = self._ring.get(caller.key)
+        if key is not None:
+            self._in_force(key)
+        return key
+
+    async def admit(self, caller: Caller) -> None:
         """See service.Ledger: whether the key still stands, and has tokens left of its minute and its day. Requests
         of a minute were counted when they came in."""
-        if self._ring is None or not call.caller.key:
+        key = await self._standing(caller)
+        if key is None or self._ring is None:
             return
-        await self._ring.refresh()
-        key = self._ring.get(call.caller.key)
-        if key is None:
-            return
-        self._in_force(key)
         bucket = self._rates.bucket(key.id, "tokens", key.tokens_per_minute)
         if bucket is not None and (wait := bucket.seconds_until(1)) > 0:
             raise _too_many(f"the key's limit of {key.tokens_per_minute} tokens a minute", wait)

@@ -38,6 +38,8 @@ class Exchange:
     first_token: float | None = None
     finish: str = ""
     error: str = ""
+    guard: list[str] = field(default_factory=list)
+    """What a guard found, in its order: "before: safe", "after: unsafe S1"."""
     prompts: list[str] = field(default_factory=list)
     """Only where an operator asked for prompts in the log."""
 

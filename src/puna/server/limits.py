@@ -38,6 +38,9 @@ MAX_INPUTS = 2048
 MAX_DOCUMENTS = 1000
 """Documents of one request for a ranking: each is read by the model."""
 
+MAX_PICTURES = 16
+"""Pictures of a request: each is decoded to some 20 MB, and seeing it takes as long as reading a thousand tokens."""
+
 MAX_MODEL_NAME = 256
 """Characters of a model's name; it stands in error texts and log lines."""
 
@@ -57,6 +60,21 @@ its own below which this one speaks in the protocol's words."""
 
 MAX_TARGET_BYTES = 8 << 10
 """Bytes of a path with its query, as most proxies have it."""
+
+MAX_FETCHED = MAX_BODY
+"""Bytes of all pictures of a request that are fetched from elsewhere: as many as it could have brought itself."""
+
+MAX_HELD = 8 * MAX_BODY
+"""Bytes of fetched pictures of all requests under way: a request of a hundred bytes may ask for `MAX_FETCHED`."""
+
+MAX_HOPS = 3
+"""Redirects that are followed to a picture."""
+
+PICTURES_AT_ONCE = 8
+"""Pictures that are being fetched; others wait."""
+
+PICTURE_SECONDS = 10.0
+"""How long one may take, with all redirects."""
 
 HEAD_SECONDS = 30.0
 """How long a request's head may take from its first byte, and the first one from the connection on."""

@@ -142,6 +142,7 @@ class _Seen:
             ("vllm:num_requests_waiting", "Answers that wait for their turn.", "waiting"),
             ("puna_page_tokens", "Tokens a page of the cache.", "page_tokens"),
             ("puna_page_bytes", "Bytes a page of the cache.", "page_bytes"),
+            ("puna_local_page_bytes", "Bytes a page of layers that see one chunk only.", "local_page_bytes"),
         )
         for name, what, field in gauges:
             gauge = GaugeMetricFamily(name, what, labels=["model_name"])
@@ -152,12 +153,21 @@ class _Seen:
             "vllm:kv_cache_usage_perc", "Share of the cache in use, 1 is all.", labels=["model_name"]
         )
         pages = GaugeMetricFamily("puna_pages", "Pages of the cache.", labels=["model_name", "state"])
+        local = GaugeMetricFamily(
+            "puna_local_pages", "Pages of layers that see one chunk only.", labels=["model_name", "state"]
+        )
         for model, activity in sight.activities:
-            usage.add_metric([model], activity.pages_used / activity.pages_total if activity.pages_total else 0.0)
+            # Of two kinds of pages the one with less left is what somebody waits for.
+            kinds = (
+                (activity.pages_used, activity.pages_total), (activity.local_pages_used, activity.local_pages_total)
+            )  # fmt: skip
+            usage.add_metric([model], max(used / total if total else 0.0 for used, total in kinds))
             for state in ("used", "cached", "free"):
                 pages.add_metric([model, state], getattr(activity, f"pages_{state}"))
+                local.add_metric([model, state], getattr(activity, f"local_pages_{state}"))
         yield usage
         yield pages
+        yield local
         counters: tuple[tuple[str, str, str], ...] = (
             ("vllm:num_preemptions", "Answers put aside for want of pages.", "preemptions"),
             ("vllm:spec_decode_num_draft_tokens", "Tokens guessed.", "guessed_tokens"),

@@ -20,7 +20,7 @@ from puna.server.exchange import CURRENT, Exchange
 from puna.server.metrics import BETWEEN_TOKENS, Metrics
 from puna.server.service import Call
 from puna.server.traces import Traces
-from puna.types import Event, Message, Request, Usage
+from puna.types import Event, Infill, Judge, Message, Request, Usage
 
 LOG = logging.getLogger("puna.server")
 
@@ -31,7 +31,8 @@ PROMPT_CHARS = 100_000
 """Of a prompt in a log, where prompts are asked for at all; a mark says where it was cut."""
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_ENDS = {"stop": "stop", "length": "length", "context": "length", "cancelled": "abort", "deadline": "abort"}
+_ENDS = {"stop": "stop", "length": "length", "context": "length", "cancelled": "abort", "deadline": "abort",
+         "filtered": "filtered"}  # fmt: skip
 
 
 class Observatory:
@@ -216,6 +217,8 @@ def record_of(exchange: Exchange) -> dict[str, object]:
         record["error"] = exchange.error
     if exchange.refused:
         record["refused"] = exchange.refused
+    if exchange.guard:
+        record["guard"] = exchange.guard
     if exchange.prompts:
         record["prompts"] = exchange.prompts
     return record
@@ -231,6 +234,7 @@ def human(exchange: Exchange) -> str:
             parts.append(f"first after {exchange.first_token:.3f} s")
         parts.append(exchange.finish)
     parts += [word for word in (exchange.error, exchange.refused, exchange.name, exchange.id) if word]
+    parts += [f"guard {found}" for found in exchange.guard if not found.endswith(": safe")]
     parts += [repr(prompt) for prompt in exchange.prompts]
     return "  ".join(parts)
 
@@ -239,6 +243,10 @@ def _words(request: Request) -> str:
     prompt = request.prompt
     if isinstance(prompt, str):
         text = prompt
+    elif isinstance(prompt, Infill):
+        text = f"{prompt.prefix}<FILL_ME>{prompt.suffix}"
+    elif isinstance(prompt, Judge):
+        text = "\n".join(f"{m.role}: {m.marked}" for m in prompt.messages)
     else:
-        text = "\n".join(f"{m.role}: {m.content}" if isinstance(m, Message) else str(m) for m in prompt)
+        text = "\n".join(f"{m.role}: {m.marked}" if isinstance(m, Message) else str(m) for m in prompt)
     return text if len(text) <= PROMPT_CHARS else f"{text[:PROMPT_CHARS]}… ({len(text)} characters)"

@@ -23,13 +23,15 @@ from puna.server import ollama_bodies as bodies
 from puna.server.anthropic import object_of
 from puna.server.caller import Caller, needs
 from puna.server.fields import TEXT, answer, check_tools, errors, shape
+from puna.server.infill import check_infills
 from puna.server.ollama_bodies import AnswerBody, ChatBody, GenerateBody
 from puna.server.ollama_routes import kept_for, plain, stamp
+from puna.server.pictures import check_sight
 from puna.server.prefill import begun, check_begun
 from puna.server.problems import RequestError, problem_of, shaped
 from puna.server.service import Call, Service, add_piece, request_id, service_of, unknown_model
 from puna.server.streams import Streamed, answered, line
-from puna.types import Backend, Message, TokenLogprob, ToolCall, Usage
+from puna.types import Backend, Infill, Message, TokenLogprob, ToolCall, Usage
 from puna.types import Request as Asked
 
 router = APIRouter()
@@ -53,9 +55,9 @@ async def generate(
     call = Call(request_id(request), caller, "text_completion", body.model, body.stream is not False)
     if not body.prompt:
         return await _loaded(request, service, call, body, {"response": ""})
-    if body.raw and body.system:
+    if body.system and (body.raw or body.suffix):
         raise RequestError(
-            "raw takes the prompt as it is, and leaves no place for system.",
+            f"{'raw' if body.raw else 'suffix'} takes the prompt as it is, and leaves no place for system.",
             remedy="Put it into the prompt.",
             code="unsupported_parameter",
             param="system",
@@ -116,16 +118,27 @@ async def _asked(backend: Backend, body: AnswerBody) -> Asked:
     if isinstance(body, ChatBody):
         said, tools = bodies.conversation(body.messages or ()), bodies.tools(body.tools)
         check_tools(backend, tools)
+        check_sight(backend, said)
         if said[-1].role == "assistant":
             check_begun(said[-1], calls=bool(tools), grammar=grammar, param=f"messages.{len(said) - 1}")
             return Asked(await begun(backend, said), how)
         return Asked(said, how, grammar=grammar, tools=tools)
     assert isinstance(body, GenerateBody)
     assert body.prompt
+    if body.suffix:
+        if body.images:
+            raise RequestError("images have no place in a gap.", code="unsupported_parameter", param="images")
+        check_infills(backend, "suffix")
+        return Asked(Infill(body.prompt, body.suffix), how, grammar=grammar)
+    shown = bodies.images(body.images, "images")
+    if shown:
+        check_sight(backend, (Message("user", "", pictures=shown),), "images")
     if body.raw or not (backend.card.chat or body.system):
+        if shown:
+            raise RequestError("images have no place in a raw prompt.", code="unsupported_parameter", param="images")
         return Asked(body.prompt, how, raw=True, grammar=grammar)
     system = (Message("system", body.system),) if body.system else ()
-    return Asked((*system, Message("user", body.prompt)), how, grammar=grammar)
+    return Asked((*system, Message("user", body.prompt, pictures=shown)), how, grammar=grammar)
 
 
 async def _lines(service: Service, call: Call, body: AnswerBody) -> AsyncGenerator[dict[str, Any]]:
@@ -168,7 +181,7 @@ def _reason(finish: str) -> str:
     """Raises StoppedError for an answer that ended without a reason, or was ended by the server."""
     if finish in ("", "cancelled"):
         raise StoppedError("The answer was ended before it was whole.", remedy="Ask again.")
-    return "stop" if finish == "stop" else "length"
+    return {"stop": "stop", "filtered": "content_filter"}.get(finish, "length")
 
 
 def _head(body: AnswerBody) -> dict[str, Any]:

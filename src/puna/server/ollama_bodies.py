@@ -19,10 +19,11 @@ from pydantic import ConfigDict, Field
 
 from puna.server.bodies import Body
 from puna.server.fields import json_text, refuse, refused, told_refused
-from puna.server.limits import MAX_LOGPROBS, MAX_MODEL_NAME, MAX_TOOLS
+from puna.server.limits import MAX_LOGPROBS, MAX_MODEL_NAME, MAX_PICTURES, MAX_TOOLS
+from puna.server.pictures import decoded
 from puna.server.problems import RequestError
 from puna.server.sampling import to_sampling
-from puna.types import Grammar, Message, ModelCard, Sampling, Tool, ToolCall
+from puna.types import Grammar, Message, ModelCard, Picture, Sampling, Tool, ToolCall
 
 ModelName = Annotated[str, Field(min_length=1, max_length=MAX_MODEL_NAME)]
 KeepAlive = int | float | str | None
@@ -175,9 +176,7 @@ def _no_duration(value: object) -> RequestError:
 
 _REFUSED = {
     "think": "no model here thinks apart from its answer; false is taken",
-    "images": "this model takes text only",
     "template": "a model's own chat format is used; with raw a prompt has any form",
-    "suffix": "no model that is served was trained to fill in the middle",
     "context": "Ollama has given it up; send the conversation to /api/chat",
     "width": "no images are made here",
     "height": "no images are made here",
@@ -198,9 +197,8 @@ class AnswerBody(Body):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     think: Any = None
-    images: Any = None
+    images: list[str] | None = Field(default=None, max_length=MAX_PICTURES)
     template: Any = None
-    suffix: Any = None
     context: Any = None
     width: Any = None
     height: Any = None
@@ -231,6 +229,7 @@ class GenerateBody(AnswerBody):
     """The body of `/api/generate`."""
 
     prompt: str | None = None
+    suffix: str | None = None
     system: str | None = None
     raw: bool | None = None
 
@@ -253,7 +252,6 @@ class Called(Body):
 
 
 _NOT_IN_A_MESSAGE = {
-    "images": "this model takes text only",
     "thinking": "no model here thinks apart from its answer",
 }
 
@@ -270,7 +268,7 @@ class ChatMessage(Body):
     tool_call_id: str | None = Field(default=None, max_length=256)
     name: str | None = Field(default=None, max_length=128)
     thinking: Any = None
-    images: Any = None
+    images: list[str] | None = Field(default=None, max_length=MAX_PICTURES)
 
 
 class Function(Body):
@@ -294,6 +292,11 @@ class ChatBody(AnswerBody):
 
     messages: list[ChatMessage] | None = None
     tools: list[ToolIn] | None = Field(default=None, max_length=MAX_TOOLS)
+
+
+def images(given: Sequence[str] | None, param: str) -> tuple[tuple[int, Picture], ...]:
+    """Pictures in base64, which stand before a message's text."""
+    return tuple((0, decoded(data, f"{param}.{i}")) for i, data in enumerate(given or ()))
 
 
 def conversation(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
@@ -320,7 +323,8 @@ def conversation(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
             raise RequestError(
                 f"{where} has a tool_name or tool_call_id, and is not of the role tool.", param=f"{where}.tool_name"
             )
-        made.append(Message(message.role, message.content or "", tuple(calls), answers))
+        shown = images(message.images, f"{where}.images")
+        made.append(Message(message.role, message.content or "", tuple(calls), answers, shown))
     return tuple(made)
 
 

@@ -257,7 +257,7 @@ def _details(card: ModelCard) -> dict[str, Any]:
 
 
 def _capabilities(card: ModelCard) -> list[str]:
-    return ["completion", "tools"] if card.tools else ["completion"]
+    return ["completion", *(["tools"] if card.tools else []), *(["insert"] if card.infills else [])]
 
 
 def counted(parameters: int) -> str:

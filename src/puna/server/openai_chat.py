@@ -44,11 +44,12 @@ from puna.server.openai_parts import (
     unsupported,
     usage_json,
 )
+from puna.server.pictures import picture_at
 from puna.server.problems import RequestError
 from puna.server.sampling import SamplingFields, to_sampling
 from puna.server.service import Call, Service, Whole, collect, new_id, request_id, service_of
 from puna.server.streams import Streamed, answered, batches
-from puna.types import Backend, Event, Message, Request, ToolCall, ToolCallPiece
+from puna.types import Backend, Event, Message, Picture, Request, ToolCall, ToolCallPiece
 
 router = APIRouter()
 
@@ -57,7 +58,7 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "functions": (([],), "it is deprecated, and tools has taken its place"),
     "function_call": ((), "it is deprecated, and tool_choice has taken its place"),
     "modalities": ((["text"],), "answers are text"),
-    "moderation": ((), "no guard model is served"),
+    "moderation": ((), "a server judges every request alike, as `puna serve --guard` has it, or none"),
     "prediction": ((), "guesses come from the prompt or a draft model, as the server was started"),
     "prompt_cache_options": ((), "prompts are remembered for each key as long as there is room"),
     "prompt_cache_retention": (("in_memory",), "prompts are remembered for each key as long as there is room"),
@@ -84,16 +85,30 @@ class RefusalPart(Body):
     refusal: str
 
 
-class OtherPart(Body):
-    """A piece that is no text: refused, by what it is."""
+class ImageUrl(Body):
+    """Where a picture is: a `data:` URL has it, one of https is fetched where the operator allows its host. Every
+    picture is looked at as closely as the model can: `detail` "low" is refused."""
 
-    type: Literal["image_url", "input_audio", "file"]
-    image_url: Any = None
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(Body):
+    """A picture."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class OtherPart(Body):
+    """A piece that is neither text nor a picture: refused, by what it is."""
+
+    type: Literal["input_audio", "file"]
     input_audio: Any = None
     file: Any = None
 
 
-Part = Annotated[TextPart | RefusalPart | OtherPart, Field(discriminator="type")]
+Part = Annotated[TextPart | RefusalPart | ImagePart | OtherPart, Field(discriminator="type")]
 
 
 class CalledFunction(Body):
@@ -224,7 +239,7 @@ _MESSAGE = shape(role={"const": "assistant"}, content={"type": ["string", "null"
 
 @router.post(
     "/v1/chat/completions",
-    responses=completion("chat.completion", "stop", "length", "tool_calls", message=_MESSAGE),
+    responses=completion("chat.completion", "stop", "length", "tool_calls", "content_filter", message=_MESSAGE),
     response_class=JSONResponse,
     tags=["OpenAI"],
 )
@@ -340,28 +355,35 @@ def messages_of(messages: list[ChatMessage]) -> tuple[Message, ...]:
                 code="invalid_value",
                 param=f"{where}.tool_call_id",
             )
-        text = _text(message, where)
+        text, pictures = _content(message, where)
         if text and message.refusal:
             raise unsupported(f"{where}.refusal", "A message that has content does not decline too")
         if text is None and message.refusal is None and not calls:
             raise RequestError(f"{where} has no content.", code="invalid_value", param=f"{where}.content")
         role = "system" if message.role == "developer" else message.role
-        made.append(Message(role, text or message.refusal or "", calls, message.tool_call_id or ""))
+        made.append(Message(role, text or message.refusal or "", calls, message.tool_call_id or "", pictures))
     return tuple(made)
 
 
-def _text(message: ChatMessage, where: str) -> str | None:
+def _content(message: ChatMessage, where: str) -> tuple[str | None, tuple[tuple[int, Picture], ...]]:
+    """The text of a message, and its pictures at their places in it."""
     if message.content is None or isinstance(message.content, str):
-        return message.content
+        return message.content, ()
     texts: list[str] = []
+    pictures: list[tuple[int, Picture]] = []
     for k, part in enumerate(message.content):
         if isinstance(part, TextPart):
             texts.append(part.text)
         elif isinstance(part, RefusalPart) and message.role == "assistant":
             texts.append(part.refusal)
+        elif isinstance(part, ImagePart) and message.role == "user":
+            name = f"{where}.content.{k}.image_url"
+            if part.image_url.detail == "low":
+                raise unsupported(f"{name}.detail", "Pictures are always looked at closely")
+            pictures.append((sum(map(len, texts)), picture_at(part.image_url.url, f"{name}.url")))
         else:
-            raise unsupported(f"{where}.content.{k}.type", f"{part.type}: this model reads text")
-    return "".join(texts)
+            raise unsupported(f"{where}.content.{k}.type", f"{part.type}: not in a message of the role {message.role}")
+    return "".join(texts), tuple(pictures)
 
 
 def _finish(reason: str, called: bool) -> str:
@@ -373,7 +395,7 @@ def _choice(backend: Backend, index: int, whole: Whole, body: ChatBody) -> dict[
     message: dict[str, Any] = {
         "role": "assistant",
         "content": None if whole.tool_calls and not whole.text else whole.text,
-        "refusal": None,
+        "refusal": whole.refusal or None,
     }
     if whole.tool_calls:
         message["tool_calls"] = [
@@ -469,6 +491,8 @@ class Chunks:
         if event.tool_calls:
             self._called.add(choice)
             made.append(self._chunk(choice, {"tool_calls": [_piece(piece) for piece in event.tool_calls]}))
+        if event.refusal:
+            made.append(self._chunk(choice, {"refusal": event.refusal}))
         if event.finish is not None:
             made.append(self._chunk(choice, {}, None, _finish(event.finish, choice in self._called)))
 

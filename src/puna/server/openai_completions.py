@@ -4,6 +4,7 @@ What it is: OpenAI's older body to one `types.Request` a prompt, and events to i
 https://platform.openai.com/docs/api-reference/completions. Left out, temperature and top_p are 1 and max_tokens is 16,
 as there.
 What it is not: a chat: no chat format is applied.
+A `suffix` has a model that was trained for it fill the gap between the two.
 What is surprising: `echo` with `logprobs` gives the prompt's own log probabilities, with `max_tokens: 0` nothing else
 (the one token that the engine makes then is neither told nor counted). The first token has none: nothing stands before
 it. A token that is no whole character is told as `bytes:\\xe2`, so that no two tokens have the same name.
@@ -29,6 +30,7 @@ from starlette.responses import Response
 from puna.server.bodies import RequestBody
 from puna.server.caller import Caller, needs
 from puna.server.fields import TEXT
+from puna.server.infill import check_infills
 from puna.server.limits import MAX_INPUTS, MAX_MODEL_NAME
 from puna.server.openai_parts import (
     FINISHES,
@@ -49,7 +51,7 @@ from puna.server.problems import RequestError
 from puna.server.sampling import SamplingFields, to_sampling
 from puna.server.service import Call, Service, collect, new_id, request_id, service_of
 from puna.server.streams import Streamed, answered, batches, together
-from puna.types import Backend, Event, Grammar, Request, Sampling, TokenLogprob, Usage
+from puna.types import Backend, Event, Grammar, Infill, Request, Sampling, TokenLogprob, Usage
 
 router = APIRouter()
 
@@ -89,7 +91,7 @@ class CompletionBody(RequestBody, SamplingFields):
 
 @router.post(
     "/v1/completions",
-    responses=completion("text_completion", "stop", "length", text=TEXT),
+    responses=completion("text_completion", "stop", "length", "content_filter", text=TEXT),
     response_class=JSONResponse,
     tags=["OpenAI"],
 )
@@ -175,17 +177,23 @@ class Prompt:
 
 async def _ready(backend: Backend, body: CompletionBody, what: Asked, priority: int = 0) -> list[Prompt]:
     if body.suffix:
-        infills = backend.card.infills
-        raise RequestError(
-            f"suffix is not honoured: {backend.card.name} was not trained to fill in the middle."
-            if not infills
-            else "suffix is not honoured here.",
-            remedy="POST /v1/fim/completions fills in the middle." if infills else "Leave it out.",
-            code="unsupported_parameter",
-            param="suffix",
-        )
+        check_infills(backend, "suffix")
+        if body.echo or not all(isinstance(prompt, str) for prompt in what.prompts):
+            raise RequestError(
+                "suffix goes with a prompt that is text, and is not told again.",
+                remedy="Leave echo out, and send no token ids.",
+                code="unsupported_parameter",
+                param="echo" if body.echo else "prompt",
+            )
     made = []
     for prompt in what.prompts:
+        if body.suffix and isinstance(prompt, str):
+            gap = request_of(
+                Infill(prompt, body.suffix), what.sampling, grammar=what.grammar, priority=priority,
+                timeout=body.timeout, adapter=body.adapter,
+            )  # fmt: skip
+            made.append(Prompt(gap))
+            continue
         text = ""
         ids: tuple[int, ...] = ()
         if what.echo:

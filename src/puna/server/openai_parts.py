@@ -23,6 +23,7 @@ from puna.errors import UsageError
 from puna.server.bodies import Body
 from puna.server.fields import COUNT, TEXT, answer, several, shape
 from puna.server.limits import MAX_SCHEMA_BYTES, MAX_TOOLS
+from puna.server.pictures import check_sight
 from puna.server.problems import RequestError, problem_of, shaped
 from puna.server.service import Seen
 from puna.server.streams import sse
@@ -156,8 +157,9 @@ def added(first: Usage, second: Usage) -> Usage:
     )
 
 
-FINISHES: dict[FinishReason, Literal["stop", "length"]] = {
+FINISHES: dict[FinishReason, Literal["stop", "length", "content_filter"]] = {
     "stop": "stop", "length": "length", "context": "length", "deadline": "length", "cancelled": "length",
+    "filtered": "content_filter",
 }  # fmt: skip
 """Why an answer ended, in OpenAI's words; where a tool was called, chat says tool_calls in the place of stop."""
 
@@ -352,7 +354,7 @@ class Tools:
         }
 
     def put_into(self, request: Request, backend: Backend) -> Request:
-        """The request with them. Raises RequestError where the model cannot be told about tools."""
+        """The request with them. Raises RequestError where the model cannot be told about tools, or shown pictures."""
         if self.asked["tools"] and not backend.card.tools:
             raise RequestError(
                 f"{backend.card.name} has no form for tools.",
@@ -360,6 +362,7 @@ class Tools:
                 code="unsupported_parameter",
                 param="tools",
             )
+        check_sight(backend, request.prompt)
         return replace(request, **self.asked)
 
 

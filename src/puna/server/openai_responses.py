@@ -4,8 +4,9 @@ What it is: OpenAI's newer body to a `types.Request`, and events to its response
 https://platform.openai.com/docs/api-reference/responses. Temperature and top_p are 1 where they are left out.
 What it is not: an agent: the only tools are the client's own functions, and nothing runs in the background.
 What is surprising: a whole answer and a stream are made by the same `Speech`; a stream sends what it says. A response
-is stored (unless `store` is false) as what was new in it; what came before is found through `previous_response_id`, so
-nobody can go on from those that followed one that was deleted. Instructions are not carried over, as there.
+is stored (unless `store` is false) as what was new in it, a picture as it was sent: one elsewhere by its URL, which is
+fetched again at each turn. What came before is found through `previous_response_id`, so nobody can go on from those
+that followed one that was deleted. Instructions are not carried over, as there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from starlette.responses import Response
 from puna.server.bodies import Body, RequestBody
 from puna.server.caller import Caller, needs
 from puna.server.fields import COUNT, TEXT, answer, several, shape, told_refused
-from puna.server.limits import MAX_MODEL_NAME
+from puna.server.limits import MAX_MODEL_NAME, MAX_PICTURES
 from puna.server.openai_files import listed, unknown
 from puna.server.openai_parts import (
     RESPONSES,
@@ -39,12 +40,13 @@ from puna.server.openai_parts import (
     request_of,
     unsupported,
 )
+from puna.server.pictures import picture_at
 from puna.server.problems import RequestError, problem_of
 from puna.server.sampling import SamplingFields, to_sampling
 from puna.server.service import Call, Service, new_id, request_id, service_of
 from puna.server.store import Store, store_of
 from puna.server.streams import Streamed, answered, batches, sse
-from puna.types import Backend, Event, Message, Request, TokenLogprob, ToolCall, ToolCallPiece, Usage
+from puna.types import Backend, Event, Message, Picture, Request, TokenLogprob, ToolCall, ToolCallPiece, Usage
 
 router = APIRouter()
 
@@ -56,7 +58,7 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "conversation": ((), "previous_response_id goes on from an earlier response"),
     "image": ((), "the model reads text"),
     "max_tool_calls": ((), "it bounds built-in tools, and there are none"),
-    "moderation": ((), "no guard model is served"),
+    "moderation": ((), "a server judges every request alike, as `puna serve --guard` has it, or none"),
     "prompt": ((), "templates are not kept here"),
     "prompt_cache_options": ((), "prompts are remembered for each key as long as there is room"),
     "prompt_cache_retention": (("in_memory",), "prompts are remembered for each key as long as there is room"),
@@ -75,13 +77,16 @@ ItemId = Annotated[str, Field(max_length=256)]
 
 
 class ItemPart(Body):
-    """A piece of an item's text."""
+    """A piece of an item's text, or (`input_image`) a picture in it."""
 
     type: str
     text: str | None = None
     refusal: str | None = None
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
+    image_url: str | None = None
+    detail: Literal["low", "high", "auto", "original"] | None = None
+    file_id: Any = None
 
 
 class Item(Body):
@@ -271,7 +276,7 @@ async def asked(
     items = own
     if body.previous_response_id is not None:
         items = [*await asyncio.to_thread(_before, store, caller, body.previous_response_id), *own]
-    messages = messages_of(items)
+    messages = messages_of(items, len(items) - len(own))
     if body.instructions is not None:
         messages = (Message("system", body.instructions), *messages)
     if not messages:
@@ -323,26 +328,66 @@ def _kept(item: Item, i: int) -> dict[str, Any]:
         number = item.id or new_id("fco_")
         return {"id": number, "type": kind, "call_id": item.call_id, "output": text, "status": "completed"}
     own = "output_text" if item.role == "assistant" else "input_text"
-    text = _joined(item.content, f"{where}.content", (own, "refusal") if own == "output_text" else (own,))
-    part = {"type": own, "text": text, **({"annotations": []} if own == "output_text" else {})}
     number = item.id or new_id("msg_")
-    return {"id": number, "type": kind, "role": item.role, "status": "completed", "content": [part]}
+    content = _parts(item, own, f"{where}.content")
+    return {"id": number, "type": kind, "role": item.role, "status": "completed", "content": content}
+
+
+def _parts(item: Item, own: str, where: str) -> list[dict[str, Any]]:
+    """The content of a message as it is stored: texts that follow one another are one, and a user's pictures stand
+    where they do."""
+    kinds = (own, "refusal") if own == "output_text" else (own,)
+    made: list[dict[str, Any]] = []
+    texts: list[str] = []
+
+    def end() -> None:
+        made.append({"type": own, "text": "".join(texts), **({"annotations": []} if own == "output_text" else {})})
+        texts.clear()
+
+    content = item.content if isinstance(item.content, list) else [ItemPart(type=own, text=item.content)]
+    for k, part in enumerate(content):
+        if part.type == "input_image" and item.role == "user":
+            if texts:
+                end()
+            made.append(_image(part, f"{where}.{k}"))
+        else:
+            texts.append(_said(part, f"{where}.{k}", kinds))
+    if texts or not made:
+        end()
+    return made
+
+
+def _image(part: ItemPart, where: str) -> dict[str, Any]:
+    if part.file_id is not None:
+        raise unsupported(f"{where}.file_id", "Pictures are not taken from files; send it as a data URL")
+    if part.image_url is None:
+        raise RequestError(f"{where}.image_url is missing.", code="invalid_value", param=f"{where}.image_url")
+    if part.detail == "low":
+        raise unsupported(f"{where}.detail", "Pictures are always looked at closely")
+    for name in ("text", "refusal", "annotations", "logprobs"):
+        if getattr(part, name) is not None:
+            raise unsupported(f"{where}.{name}", "An input_image has none")
+    return {"type": "input_image", "image_url": part.image_url, "detail": part.detail or "auto", "file_id": None}
 
 
 def _joined(content: str | list[ItemPart] | None, where: str, kinds: tuple[str, ...]) -> str:
     if not isinstance(content, list):
         return content or ""
-    texts = []
-    for k, part in enumerate(content):
-        if part.type not in kinds:
-            raise unsupported(f"{where}.{k}.type", f"{part.type[:80]}: here is {' or '.join(kinds)}")
-        text = part.refusal if part.type == "refusal" else part.text
-        if text is None:
-            raise RequestError(f"{where}.{k} has no text.", code="invalid_value", param=f"{where}.{k}.text")
-        if part.annotations:
-            raise unsupported(f"{where}.{k}.annotations", "Texts are not cited here")
-        texts.append(text)
-    return "".join(texts)
+    return "".join(_said(part, f"{where}.{k}", kinds) for k, part in enumerate(content))
+
+
+def _said(part: ItemPart, where: str, kinds: tuple[str, ...]) -> str:
+    if part.type not in kinds:
+        raise unsupported(f"{where}.type", f"{part.type[:80]}: here is {' or '.join(kinds)}")
+    for name in ("image_url", "detail", "file_id"):
+        if getattr(part, name) is not None:
+            raise unsupported(f"{where}.{name}", f"An {part.type} has none")
+    text = part.refusal if part.type == "refusal" else part.text
+    if text is None:
+        raise RequestError(f"{where} has no text.", code="invalid_value", param=f"{where}.text")
+    if part.annotations:
+        raise unsupported(f"{where}.annotations", "Texts are not cited here")
+    return text
 
 
 def _call_item(number: str, call: str, name: str, arguments: str) -> dict[str, Any]:
@@ -363,6 +408,7 @@ MAX_CHAIN = 2000
 def _before(store: Store, caller: Caller, number: str) -> list[dict[str, Any]]:
     """The items of a response and of all before it."""
     links: list[list[dict[str, Any]]] = []
+    pictures = 0
     previous: str | None = number
     while previous is not None:
         kept = store.response(caller.key, previous)
@@ -374,14 +420,22 @@ def _before(store: Store, caller: Caller, number: str) -> list[dict[str, Any]]:
                 param="previous_response_id",
             )
         links.append([*kept["input"], *kept["response"]["output"]])
+        pictures += sum(part["type"] == "input_image" for item in kept["input"] for part in item.get("content", ()))
+        if pictures > MAX_PICTURES:  # before more of them are read
+            raise RequestError(
+                f"The responses before hold more than {MAX_PICTURES} pictures, which are all that are taken.",
+                code="invalid_value",
+                param="previous_response_id",
+            )
         previous = kept["response"]["previous_response_id"]
     return [item for link in reversed(links) for item in link]
 
 
-def messages_of(items: list[dict[str, Any]]) -> tuple[Message, ...]:
-    """The conversation; calls that follow one another, or an assistant's text, are one message's."""
+def messages_of(items: list[dict[str, Any]], before: int = 0) -> tuple[Message, ...]:
+    """The conversation, of which so many items stood before this input; calls that follow one another, or an
+    assistant's text, are one message's. Raises RequestError for a picture that is none."""
     made: list[Message] = []
-    for item in items:
+    for i, item in enumerate(items):
         if item["type"] == "function_call":
             call = ToolCall(item["name"], item["arguments"], item["call_id"])
             if made and made[-1].role == "assistant":
@@ -393,7 +447,14 @@ def messages_of(items: list[dict[str, Any]]) -> tuple[Message, ...]:
             made.append(Message("tool", item["output"], (), item["call_id"]))
         else:
             role = "system" if item["role"] == "developer" else item["role"]
-            made.append(Message(role, "".join(part["text"] for part in item["content"])))
+            text, pictures = "", list[tuple[int, Picture]]()
+            for k, part in enumerate(item["content"]):
+                if part["type"] == "input_image":
+                    where = f"input.{i - before}.content.{k}.image_url" if i >= before else "previous_response_id"
+                    pictures.append((len(text), picture_at(part["image_url"], where)))
+                else:
+                    text += part["text"]
+            made.append(Message(role, text, pictures=tuple(pictures)))
     return tuple(made)
 
 
@@ -584,7 +645,9 @@ class Speech:
         whole = self._finish == "stop"
         self.response["status"] = "completed" if whole else "incomplete"
         if not whole:
-            self.response["incomplete_details"] = {"reason": "max_output_tokens"}
+            self.response["incomplete_details"] = {
+                "reason": "content_filter" if self._finish == "filtered" else "max_output_tokens"
+            }
         self._close(self.response["status"], made)
         self.response["completed_at"] = int(time.time()) if whole else None
         made.append(self._whole("response.completed" if whole else "response.incomplete"))

@@ -39,6 +39,13 @@ async def begun(backend: Backend, messages: Sequence[Message], tools: Sequence[T
 
     Raises ChatFormatError where there is no chat format, or no message before it.
     """
+    if any(message.pictures for message in messages):  # the ids alone would not say what they show
+        raise RequestError(
+            "An answer that was begun cannot go on after a picture.",
+            remedy="End with a user's message.",
+            code="invalid_messages",
+            param="messages",
+        )
     asked = await backend.encode(tuple(messages[:-1]), tools=tools)
     start = await backend.encode("", raw=True)  # what every text begins with: BOS, or nothing
     return asked + (await backend.encode(messages[-1].content, raw=True))[len(start) :]

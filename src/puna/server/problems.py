@@ -23,6 +23,7 @@ from puna.errors import (
     StoppedError,
     UnknownModelError,
     UserError,
+    VerdictError,
 )
 
 Protocol = Literal["openai", "anthropic", "ollama"]
@@ -65,6 +66,7 @@ _STATUS: tuple[tuple[type[PunaError], int, str], ...] = (
     (GrammarError, 400, "invalid_schema"),
     (AdapterError, 400, "invalid_adapter"),
     (NoRoomError, 503, "model_does_not_fit"),
+    (VerdictError, 503, "guard_failed"),
     (QueueFullError, 429, "queue_full"),
     (StoppedError, 503, "engine_stopped"),
     (UserError, 400, "invalid_value"),

@@ -105,7 +105,7 @@ async def _by_likelihood(
     service: Service, call: Call, backend: Backend, query: str, texts: list[str]
 ) -> tuple[list[float], int]:
     """Scores, and the tokens that were read."""
-    await service.ledger.admit(call)
+    await service.ledger.admit(call.caller)
     watch = service.observer.begin(call)
     tokens, failed = 0, None
 

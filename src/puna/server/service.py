@@ -18,6 +18,7 @@ from starlette.requests import Request as HttpRequest
 
 from puna.errors import StoppedError, UnknownModelError
 from puna.server.caller import Caller
+from puna.server.elsewhere import Fetcher
 from puna.types import (
     Backend,
     Embeddings,
@@ -48,8 +49,11 @@ class Call:
 class Ledger(Protocol):
     """Who counts: limits of keys before, use of tokens after (`door.py`)."""
 
-    async def admit(self, call: Call) -> None:
-        """Raises RequestError 429 where a limit of the caller's key is reached."""
+    async def admit(self, caller: Caller) -> None:
+        """Raises RequestError 429 where a limit of the caller's key is reached, and 401 where the key is revoked."""
+
+    async def stands(self, caller: Caller) -> None:
+        """Raises RequestError 401 where the caller's key is no longer in force."""
 
     async def spent(self, call: Call, usage: Usage) -> None:
         """What was used; called once an answer, also where it ended early."""
@@ -72,6 +76,16 @@ class Observer(Protocol):
         """A call begins; `request` is what is asked, `model` the name of who answers, where they are known."""
 
 
+class Guard(Protocol):
+    """Who judges what is asked and answered (`guarding.py`)."""
+
+    def guards(self, backend: Backend, request: Request) -> bool:
+        """Whether this request is judged."""
+
+    def answered(self, backend: Backend, request: Request) -> AsyncGenerator[Event]:
+        """The events of an answer, but for what is kept back."""
+
+
 async def service_of(request: HttpRequest) -> Service:
     """The dependency that gives a route the service. Async, for FastAPI would send one that is not to a thread."""
     service: Service = request.app.state.service
@@ -88,18 +102,32 @@ def new_id(prefix: str) -> str:
     return f"{prefix}{uuid.uuid4().hex}"
 
 
-class Service:
-    """The models, and those who count and look on."""
+LOOK_AGAIN = 1.0
+"""Seconds after which an answer under way asks again whether its caller's key is in force."""
 
-    def __init__(self, models: Models, ledger: Ledger, observer: Observer) -> None:
-        self.models, self.ledger, self.observer = models, ledger, observer
+
+class Service:
+    """The models, those who count and look on, and who fetches pictures."""
+
+    def __init__(
+        self,
+        models: Models,
+        ledger: Ledger,
+        observer: Observer,
+        guard: Guard | None = None,
+        pictures: Fetcher | None = None,
+    ) -> None:
+        self.models, self.ledger, self.observer, self.guard = models, ledger, observer, guard
+        self.pictures = pictures or Fetcher()
 
     @asynccontextmanager
     async def use(self, caller: Caller, model: str, *, keep_alive: float | None = None) -> AsyncIterator[Backend]:
         """The backend of a model that this caller may use, "" for the default.
 
-        Raises UnknownModelError, for one that is not theirs too: whether it exists is not told.
+        Raises UnknownModelError, for one that is not theirs too: whether it exists is not told; and what `Ledger.admit`
+        raises: a key that may ask nothing now has no model loaded.
         """
+        await self.ledger.admit(caller)
         if model and not caller.may_use(model):
             raise unknown_model(model)
         async with self.models.use(model, keep_alive=keep_alive) as backend:
@@ -110,17 +138,29 @@ class Service:
     async def answer(self, call: Call, backend: Backend, request: Request) -> AsyncGenerator[Event]:
         """The events of an answer, counted and looked on. Closing it early cancels the request.
 
-        Raises StoppedError where the backend ended without the end of every choice: nobody takes a half for a whole.
+        Raises StoppedError where the backend ended without the end of every choice: nobody takes a half for a whole;
+        what `Ledger.stands` raises: who takes a key back ends its answers too; and what `Fetcher.seen` raises.
         """
-        await self.ledger.admit(call)
-        request = replace(request, namespace=call.caller.namespace, priority=request.priority + call.caller.priority)
+        await self.ledger.admit(call.caller)
+        request = replace(
+            request,
+            prompt=await self.pictures.seen(request.prompt),
+            namespace=call.caller.namespace,
+            priority=request.priority + call.caller.priority,
+        )
         watch = self.observer.begin(call, request, backend.card.name)
         seen = Seen()
         failed: BaseException | None = None
         left = request.sampling.n
+        looked = time.monotonic()
         try:
-            async with aclosing(backend.generate(request)) as events:  # type: ignore[type-var]
+            guarded = self.guard is not None and self.guard.guards(backend, request)
+            source = self.guard.answered(backend, request) if self.guard and guarded else backend.generate(request)
+            async with aclosing(source) as events:  # type: ignore[type-var]
                 async for event in events:
+                    if (now := time.monotonic()) > looked + LOOK_AGAIN:
+                        looked = now
+                        await self.ledger.stands(call.caller)
                     left -= event.finish is not None
                     seen.add(event)
                     watch.event(event)
@@ -145,7 +185,7 @@ class Service:
         priority: int = 0,
     ) -> Embeddings:
         """A vector for each text, counted and looked on."""
-        await self.ledger.admit(call)
+        await self.ledger.admit(call.caller)
         watch = self.observer.begin(call, None, backend.card.name)
         usage = Usage(0, 0, 0)
         failed: BaseException | None = None
@@ -200,6 +240,7 @@ class Whole:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     tool_calls: list[ToolCall] = field(default_factory=list)
     finish: str = ""
+    refusal: str = ""
 
 
 async def collect(events: AsyncGenerator[Event], choices: int = 1) -> tuple[list[Whole], Usage]:
@@ -216,6 +257,7 @@ async def collect(events: AsyncGenerator[Event], choices: int = 1) -> tuple[list
             for piece in event.tool_calls:
                 add_piece(one.tool_calls, piece)
             one.finish = event.finish or one.finish
+            one.refusal = event.refusal or one.refusal
             usage = event.usage or usage
     return wholes, usage
 

@@ -13,18 +13,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Query
 from pydantic import ConfigDict, Field
 
 from puna.server.bodies import Body
 from puna.server.caller import Caller, needs
+from puna.server.elsewhere import at_hand
 from puna.server.fields import check_tools, refuse, refused, told_refused
 from puna.server.limits import MAX_MODEL_NAME, MAX_TOOLS
 from puna.server.openai_chat import ChatMessage, ChatTool, messages_of
 from puna.server.openai_parts import RESPONSES
 from puna.server.prefill import begun, check_begun
 from puna.server.problems import RequestError
-from puna.server.service import Call, Service, request_id, service_of
+from puna.server.service import Service, service_of
 from puna.types import Backend, Tool
 
 router = APIRouter(tags=["Tokens"])
@@ -70,7 +71,7 @@ _GO_WITH = {
 
 
 @router.post("/tokenize", responses=RESPONSES)
-async def tokenize(body: TokenizeBody, request: Request, caller: Infers, service: Services) -> dict[str, Any]:
+async def tokenize(body: TokenizeBody, caller: Infers, service: Services) -> dict[str, Any]:
     """The token ids of a text or a conversation, in the shape of the server whose field has it."""
     refuse(body, _TEMPLATES)
     given = [name for name in _GO_WITH if getattr(body, name) is not None]
@@ -86,7 +87,6 @@ async def tokenize(body: TokenizeBody, request: Request, caller: Infers, service
         raise refused("parse_special", "a text never becomes a special token")
     if shape == "messages" and body.add_special_tokens:
         raise refused("add_special_tokens", "the chat format brings its own")
-    await service.ledger.admit(Call(request_id(request), caller, "tokenize", body.model))
     async with service.use(caller, body.model) as backend:
         if shape == "content":
             ids = await _text(backend, body.content or "", bool(body.add_special))
@@ -96,7 +96,7 @@ async def tokenize(body: TokenizeBody, request: Request, caller: Infers, service
         if shape == "prompt":
             ids = await _text(backend, body.prompt or "", body.add_special_tokens is not False)
         else:
-            ids = await _conversation(backend, body)
+            ids = await _conversation(service, backend, body)
         told = {"count": len(ids), "max_model_len": backend.card.context_length, "tokens": list(ids)}
         if body.return_token_strs:
             return told | {"token_strs": [backend.token_bytes(token).decode(errors="replace") for token in ids]}
@@ -108,9 +108,10 @@ async def _text(backend: Backend, text: str, special: bool) -> tuple[int, ...]:
     return ids if special else ids[len(await backend.encode("", raw=True)) :]
 
 
-async def _conversation(backend: Backend, body: TokenizeBody) -> tuple[int, ...]:
+async def _conversation(service: Service, backend: Backend, body: TokenizeBody) -> tuple[int, ...]:
     said, tools = messages_of(body.messages or []), _tools(body.tools)
     check_tools(backend, tools)
+    said = await at_hand(service.pictures, backend, said)
     goes_on = bool(body.continue_final_message)
     if goes_on == (body.add_generation_prompt is not False):
         raise refused(
@@ -149,11 +150,10 @@ class DetokenizeBody(Body):
 
 
 @router.post("/detokenize", responses=RESPONSES)
-async def detokenize(body: DetokenizeBody, request: Request, caller: Infers, service: Services) -> dict[str, str]:
+async def detokenize(body: DetokenizeBody, caller: Infers, service: Services) -> dict[str, str]:
     """The text of token ids."""
     if any(not 0 <= token < 1 << 31 for token in body.tokens):
         raise RequestError("tokens has a number that is no token id.", code="invalid_value", param="tokens")
-    await service.ledger.admit(Call(request_id(request), caller, "detokenize", body.model))
     async with service.use(caller, body.model) as backend:
         text = await backend.decode(body.tokens)
     return {"content": text, "prompt": text}
@@ -188,13 +188,13 @@ class TemplateBody(Body):
 
 
 @router.post("/apply-template", responses=RESPONSES)
-async def apply_template(body: TemplateBody, request: Request, caller: Infers, service: Services) -> dict[str, str]:
+async def apply_template(body: TemplateBody, caller: Infers, service: Services) -> dict[str, str]:
     """A conversation as the text that the model sees, with the assistant's header at its end."""
     refuse(body, {name: why for name, why in _TEMPLATES.items() if name in TemplateBody.model_fields})
     if body.add_generation_prompt is False:
         raise refused("add_generation_prompt", "a conversation ends with the assistant's header")
     said, tools = messages_of(body.messages), _tools(body.tools)
-    await service.ledger.admit(Call(request_id(request), caller, "apply_template", body.model))
     async with service.use(caller, body.model) as backend:
         check_tools(backend, tools)
+        said = await at_hand(service.pictures, backend, said)
         return {"prompt": await backend.render(said, tools)}

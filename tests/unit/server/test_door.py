@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +28,7 @@ from puna.server.limits import Limits
 from puna.server.problems import RequestError
 from puna.server.rates import Bucket, Suspects, reset_in
 from puna.server.service import Call, Service, collect, service_of
-from puna.types import Request, Sampling, Usage
+from puna.types import Event, Request, Sampling, Usage
 
 
 class Prompt(Body):
@@ -397,17 +397,68 @@ def test_an_answer_that_ended_early_counts(store: KeyStore) -> None:
     assert asyncio.run(work()) == 8  # three of the prompt, five of the piece that came
 
 
+def test_a_key_without_tokens_loads_no_model(store: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, _ = store.add("a", tokens_per_day=1)
+    door = Door(store)
+
+    async def work() -> None:
+        app, _ = application(door)
+        service: Service = app.state.service
+        await door.spent(Call("c", key.caller(), "chat", "scripted"), Usage(0, 0, 0))
+        await door.admit(key.caller())
+        door._ring.spend(key.id, 1)  # type: ignore[union-attr]
+        monkeypatch.setattr(service.models, "use", lambda *a, **k: pytest.fail("a model was asked for"))
+        with pytest.raises(RequestError, match="used up"):
+            async with service.use(key.caller(), "scripted"):
+                pass
+        await door.close()
+
+    asyncio.run(work())
+
+
+def test_a_key_that_is_revoked_ends_its_answers(store: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, _ = store.add("a")
+    monkeypatch.setattr("puna.server.service.LOOK_AGAIN", 0.0)
+    door = Door(store)
+
+    async def script(_: Request) -> AsyncGenerator[Event]:
+        yield Event(text="One", token_ids=(1,), prefilled=1)
+        store.revoke("a")
+        door._ring._looked -= 10  # type: ignore[union-attr]
+        yield Event(text=" two", token_ids=(2,), prefilled=1)
+        yield Event(finish="stop", usage=Usage(1, 0, 2))
+
+    async def work() -> list[str]:
+        backend = ScriptedBackend(script)
+        app = create_app(backend, door=door)
+        service: Service = app.state.service
+        said = []
+
+        async def listen() -> None:
+            call = Call("c", key.caller(), "chat", "scripted")
+            async for event in service.answer(call, backend, Request("abc", Sampling())):
+                said.append(event.text)
+
+        with pytest.raises(RequestError, match="revoked"):
+            await listen()
+        assert backend.running == 0
+        await door.close()
+        return said
+
+    assert asyncio.run(work()) == ["One"]
+
+
 def test_a_key_that_was_revoked_ends_a_job_too(store: KeyStore) -> None:
     key, _ = store.add("a")
     door = Door(store)
 
     async def work() -> None:
         call = Call("c", key.caller(), "chat", "scripted")
-        await door.admit(call)
+        await door.admit(call.caller)
         store.revoke("a")
         door._ring._looked -= 10  # type: ignore[union-attr]
         with pytest.raises(RequestError, match="revoked") as refused:
-            await door.admit(call)
+            await door.admit(call.caller)
         assert refused.value.status == 401
         await door.spent(call, Usage(1, 0, 1))
         await door.close()

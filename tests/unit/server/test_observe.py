@@ -8,8 +8,10 @@ import logging
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +239,8 @@ def test_the_dashboard_reads_what_there_is_and_all_of_it() -> None:
     assert read - there == set()
     families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in there}
     shown = {re.sub(r"_bucket$", "", name) for name in read}
-    assert families - shown == {"puna_page_tokens", "puna_page_bytes", "puna_reused_tokens_total"}
+    assert families - shown == {"puna_page_tokens", "puna_page_bytes", "puna_local_pages", "puna_local_page_bytes",
+                                "puna_reused_tokens_total"}  # fmt: skip
     for expression in every:  # labels exist too
         for label in re.findall(r"by \(([^)]*)\)", expression):
             assert set(label.split(", ")) <= {"le", "model_name", "finished_reason", "operation", "state", "part",
@@ -376,6 +379,49 @@ def test_traces_only_where_they_are_asked_for(
     with caplog.at_level(logging.ERROR):
         assert traces() is None
     assert "puna[otel]" in caplog.text
+
+
+def test_a_collector_is_sent_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a socket, as a collector reads it: OTLP in protobuf, by HTTP."""
+    sent = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2", reason="needs puna[otel]")
+    came: list[tuple[str, str, bytes]] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            came.append((self.path, self.headers["Content-Type"], body))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Collector) as collector:
+        thread = threading.Thread(target=collector.serve_forever)
+        thread.start()
+        try:
+            monkeypatch.delenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", raising=False)
+            monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+            monkeypatch.setenv("OTEL_SERVICE_NAME", "the-lab")
+            made = traces()
+            assert made is not None
+            parent = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+            span = made.begin("chat", "cria", "req_1", True, parent)
+            made.end(span, model="cria", finishes=["stop"], prompt=7, reused=4, made=5, error="", first=0.25)
+            made.close()
+        finally:
+            collector.shutdown()
+            thread.join()
+    [(path, kind, body)] = came
+    assert (path, kind) == ("/v1/traces", "application/x-protobuf")
+    [resource] = sent.ExportTraceServiceRequest.FromString(body).resource_spans
+    assert ("service.name", "the-lab") in [(each.key, each.value.string_value) for each in resource.resource.attributes]
+    [told] = resource.scope_spans[0].spans
+    assert (told.name, told.trace_id.hex(), told.parent_span_id.hex()) == ("chat cria", "a" * 32, "b" * 16)
+    tokens = {each.key: each.value.int_value for each in told.attributes if each.key.endswith("_tokens")}
+    assert tokens == {
+        "gen_ai.usage.input_tokens": 7, "gen_ai.usage.output_tokens": 5, "gen_ai.usage.cache_read.input_tokens": 4,
+    }  # fmt: skip
 
 
 def test_a_server_without_traces_imports_none() -> None:

@@ -307,7 +307,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
     ({"messages": []}, "messages"),
-    ({"messages": [IMAGE]}, "messages.0.content.0.type"),
+    ({"messages": [IMAGE]}, "messages.0.content.0.image_url.url"),
     ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages.0.name"),
     ({"messages": [{"role": "function", "content": "x", "name": "f"}]}, "messages.0.role"),
     ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),

@@ -6,7 +6,6 @@ import asyncio
 import json
 import math
 from collections.abc import AsyncGenerator, Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -18,7 +17,7 @@ from openai.types import Completion, CreateEmbeddingResponse
 
 from puna import LLM
 from puna.gateway.local import LocalBackend
-from puna.gateway.scripted import CARD, encoded
+from puna.gateway.scripted import encoded
 from puna.server.app import create_app
 from puna.types import Event, Request, TokenLogprob, Usage
 
@@ -192,9 +191,6 @@ def test_what_is_not_honoured_is_refused_by_its_name(talk: Any) -> None:
             assert response.status_code == 400, (fields, response.text)
             assert response.json()["error"]["param"].startswith(name), (fields, response.text)
     assert backend.requests == []
-    client, _ = talk(None, replace(CARD, infills=True))
-    with pytest.raises(BadRequestError, match="/v1/fim/completions"):
-        client.completions.create(model="scripted", prompt="x", suffix="y")
 
 
 def test_best_of_and_stops_arrive(talk: Any) -> None:
