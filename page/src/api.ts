@@ -205,7 +205,9 @@ export function rate(before: Look, after: Look, id: string, of: (one: EngineMode
 export type Part = { type: 'text'; text: string } | { type: 'image_url'; image_url: { url: string } };
 export interface Message {
   role: 'system' | 'user' | 'assistant';
-  content: string | Part[];
+  content: string | Part[] | null;
+  /** In the place of content: why there was no answer. */
+  refusal?: string;
 }
 
 /** The settings that were changed from the model's own, by their names in the protocol. */
@@ -225,6 +227,8 @@ export interface Usage {
 /** What came of an answer so far. */
 export interface Heard {
   text: string;
+  /** Why there is no answer, where one was declined or kept back. */
+  refusal: string;
   tools: ToolCall[];
   /** Why it ended, in the protocol's words; '' while it has not. */
   finish: string;
@@ -261,7 +265,8 @@ export function hear(heard: Heard, data: string): Heard {
   if (!choice) return next;
   if (text(choice['finish_reason'])) next.finish = text(choice['finish_reason']);
   const delta = isObject(choice['delta']) ? choice['delta'] : {};
-  next.text += text(choice['text']) + text(delta['content']) + text(delta['refusal']);
+  next.text += text(choice['text']) + text(delta['content']);
+  next.refusal += text(delta['refusal']);
   for (const call of objects(delta['tool_calls'])) {
     const at = number(call['index']);
     const told = isObject(call['function']) ? call['function'] : {};
@@ -294,7 +299,7 @@ export async function* answer(question: Question, key: string, signal: AbortSign
     ...changed(question.sampling),
   };
   const response = await ask(path, key, body, signal);
-  let heard: Heard = { text: '', tools: [], finish: '', usage: null, error: '', done: false };
+  let heard: Heard = { text: '', refusal: '', tools: [], finish: '', usage: null, error: '', done: false };
   if (!response.body) throw new Refused(response.status, 'The server sent an empty answer.');
   const reader = response.body.getReader();
   const events = new Events();

@@ -11,8 +11,8 @@ import type { Conversation, Cost, Picture, Sampling, ToolCall, Turn } from './tr
 
 export const FORMAT = 'puna-conversations';
 export const LIMITS = {
-  /** Of a file, in bytes. */
-  file: 64e6,
+  /** Of a file, in bytes: pictures take most of them. */
+  file: 256e6,
   conversations: 5_000,
   turns: 10_000,
   /** Of one text, in UTF-16 units. */
@@ -119,7 +119,7 @@ export function readSampling(value: unknown, where: string): Sampling {
 
 function readTurn(value: unknown, where: string): Turn {
   const fields = object(value, where, [
-    'id', 'parent', 'chosen', 'role', 'text', 'at', 'pictures', 'model', 'tools', 'finish', 'error', 'cost',
+    'id', 'parent', 'chosen', 'role', 'text', 'at', 'pictures', 'model', 'tools', 'finish', 'error', 'refusal', 'cost',
   ]);
   const role = text(fields['role'], where + '.role', 20);
   if (role !== 'user' && role !== 'assistant') throw new Unreadable(`${where}.role is neither user nor assistant.`);
@@ -140,6 +140,7 @@ function readTurn(value: unknown, where: string): Turn {
     }),
     finish: text(fields['finish'], where + '.finish', 100),
     error: text(fields['error'], where + '.error', 100_000),
+    refusal: text(fields['refusal'] ?? '', where + '.refusal', 100_000), // which files of before do not have
     cost: readCost(fields['cost'], where + '.cost'),
   };
 }
@@ -231,6 +232,7 @@ export function toMarkdown(whole: Conversation): string {
       const fence = '`'.repeat(Math.max(3, ...Array.from(call.arguments.matchAll(/`+/g), (run) => run[0].length + 1)));
       lines.push(`Calls \`${call.name}\`:`, '', fence + 'json', call.arguments, fence, '');
     }
+    if (each.refusal) lines.push(`*(${each.refusal})*`, '');
     if (each.error) lines.push(`*(${each.error})*`, '');
   }
   return lines.join('\n').trimEnd() + '\n';

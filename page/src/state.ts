@@ -354,7 +354,8 @@ function messages(whole: Conversation, turns: readonly Turn[], sees: boolean): M
   const said: Message[] = whole.system ? [{ role: 'system', content: whole.system }] : [];
   for (const each of turns) {
     const content = each.text || each.tools.map((call) => JSON.stringify({ name: call.name, arguments: call.arguments })).join('\n');
-    if (each.pictures.length > 0 && sees)
+    if (each.refusal && content === '') said.push({ role: each.role, content: null, refusal: each.refusal });
+    else if (each.pictures.length > 0 && sees)
       said.push({
         role: each.role,
         content: [
@@ -406,10 +407,10 @@ export async function answerAfter(id: string, parent: string): Promise<void> {
   let error = '';
   try {
     for await (heard of api.answer({ model: asked.id, sampling: whole.sampling, ...question }, key, control.signal)) {
-      if (!first && (heard.text || heard.tools.length)) first = since();
+      if (!first && (heard.text || heard.refusal || heard.tools.length)) first = since();
       const before = performance.now();
       if (before < next) continue;
-      write({ text: heard.text, tools: heard.tools });
+      write({ text: heard.text, refusal: heard.refusal, tools: heard.tools });
       await new Promise((drawn) => setTimeout(drawn));
       next = performance.now() + 40 + 4 * (performance.now() - before); // drawing takes a fifth of the time at most
     }
@@ -436,6 +437,7 @@ export async function answerAfter(id: string, parent: string): Promise<void> {
   batch(() => {
     write({
       text: heard?.text ?? '',
+      refusal: heard?.refusal ?? '',
       tools: heard?.tools ?? [],
       finish,
       error,
@@ -444,7 +446,10 @@ export async function answerAfter(id: string, parent: string): Promise<void> {
     const left = new Map(running.value);
     left.delete(id);
     running.value = left;
-    spoken.value = error ? 'The answer failed. ' + error : finish === 'stopped' ? 'Stopped.' : 'The answer: ' + (heard?.text ?? '').slice(0, 1500);
+    if (error) spoken.value = 'The answer failed. ' + error;
+    else if (finish === 'stopped') spoken.value = 'Stopped.';
+    else if (heard?.refusal || finish === 'content_filter') spoken.value = 'No answer. ' + (heard?.refusal ?? '');
+    else spoken.value = 'The answer: ' + (heard?.text ?? '').slice(0, 1500);
   });
   stops.delete(id);
   void save();

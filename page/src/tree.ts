@@ -49,6 +49,8 @@ export interface Turn {
   finish: string;
   /** What went wrong, in the server's words. */
   error: string;
+  /** Of an answer that was declined or kept back: why, in the server's words. */
+  refusal: string;
   cost: Cost | null;
 }
 
@@ -114,6 +116,7 @@ export function turn(role: Role, parent: string | null, text: string, more: Part
     tools: [],
     finish: '',
     error: '',
+    refusal: '',
     cost: null,
     ...more,
   };

@@ -15,7 +15,8 @@ function sample(): Conversation {
     model: 'llama3.2:1b', finish: 'stop', cost: { prompt: 9, made: 3, cached: 2, first: 0.1, seconds: 0.5, context: 512 },
   });
   const two = turn('assistant', ask.id, '', { model: 'x', tools: [{ name: 'look', arguments: '{"a": "```"}' }], error: 'No.', finish: 'error' });
-  return add(add(add(whole, ask), one), two);
+  const three = turn('assistant', ask.id, '', { model: 'x', refusal: 'Kept back: S9.', finish: 'content_filter' });
+  return add(add(add(add(whole, ask), one), three), two);
 }
 
 const withoutIds = (whole: Conversation): unknown => {
@@ -30,6 +31,11 @@ test('a round trip keeps everything but the ids', () => {
   expect(back?.id).not.toBe(whole.id);
   expect(back?.turns.some((each) => whole.turns.some((one) => one.id === each.id))).toBe(false);
   expect(back && path(back).map((each) => each.text)).toEqual(path(whole).map((each) => each.text));
+});
+
+test('a file of before, which knows of no refusals', () => {
+  const [back] = fromJson(spoilt((file) => file.conversations[0].turns.forEach((each: { refusal?: string }) => delete each.refusal)));
+  expect(back?.turns.map((each) => each.refusal)).toEqual(['', '', '', '']);
 });
 
 test('several, and none', () => {

@@ -39,7 +39,7 @@ test('broken UTF-8 is a replacement, not an exception', () => {
   expect(pushed(Uint8Array.of(0x64, 0x61, 0x74, 0x61, 0x3a, 0xff, 0x0a, 0x0a))).toEqual(['\ufffd']);
 });
 
-const START: Heard = { text: '', tools: [], finish: '', usage: null, error: '', done: false };
+const START: Heard = { text: '', refusal: '', tools: [], finish: '', usage: null, error: '', done: false };
 const heardAll = (...chunks: unknown[]): Heard =>
   chunks.reduce<Heard>((heard, chunk) => hear(heard, typeof chunk === 'string' ? chunk : JSON.stringify(chunk)), START);
 

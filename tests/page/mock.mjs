@@ -111,6 +111,8 @@ const SCRIPTS = {
   broken: { text: 'Half of it', hold: true, destroy: true },
   endless: { text: 'Half of it', end: true },
   long: { text: 'Cut here', finish: 'length' },
+  unsafe: { text: '', finish: 'content_filter', refusal: 'What was asked was kept back: the guard found it unsafe: S9 (Indiscriminate Weapons).' },
+  decline: { text: '', refusal: 'I cannot help with that.' },
   weather: { text: '', tool: ['get_weather', '{"city": "La Paz", "unit": "celsius"}'] },
 };
 
@@ -191,6 +193,7 @@ export async function serve({ key = '', watch = true, port = 0, pace = 0 } = {})
       send({ delta: { tool_calls: [{ index: 0, id: 'call_1', type: 'function', function: { name, arguments: '' } }] } });
       for (const letter of args) send({ delta: { tool_calls: [{ index: 0, function: { arguments: letter } }] } });
     }
+    if (script.refusal && chat) send({ delta: { refusal: script.refusal } });
     if (script.error) response.write('data: ' + JSON.stringify({ error: script.error }) + '\n\n');
     if (script.error || script.end) return void response.end();
     send({ ...(chat ? { delta: {} } : { text: '' }), finish_reason: script.finish ?? (script.tool ? 'tool_calls' : 'stop') });

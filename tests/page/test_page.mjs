@@ -96,6 +96,32 @@ const kept = (page, text) =>
     ),
   );
 
+/** Two pictures, one wide and one high, as a browser draws and packs them. */
+const pictures = (page) =>
+  Promise.all(
+    [['mountains.png', 640, 360], ['tower.jpg', 240, 480]].map(async ([name, width, height]) => {
+      const mimeType = name.endsWith('png') ? 'image/png' : 'image/jpeg';
+      const url = await page.evaluate(
+        ([width, height, kind]) => {
+          const canvas = Object.assign(document.createElement('canvas'), { width, height });
+          const draw = canvas.getContext('2d');
+          const sky = draw.createLinearGradient(0, 0, 0, height);
+          sky.addColorStop(0, '#6fa6c8');
+          sky.addColorStop(1, '#f3d9b1');
+          draw.fillStyle = sky;
+          draw.fillRect(0, 0, width, height);
+          draw.fillStyle = '#31505c';
+          draw.beginPath();
+          for (const [x, y] of [[0, 1], [0.3, 0.35], [0.5, 0.7], [0.72, 0.25], [1, 1]]) draw.lineTo(x * width, y * height);
+          draw.fill();
+          return canvas.toDataURL(kind);
+        },
+        [width, height, mimeType],
+      );
+      return { name, mimeType, buffer: Buffer.from(url.split(',')[1], 'base64') };
+    }),
+  );
+
 const shot = (page, name) => (SHOTS ? page.screenshot({ path: join(SHOTS, name + '.png') }) : undefined);
 
 describe('a conversation', () => {
@@ -218,6 +244,25 @@ describe('trouble', () => {
       assert.equal(mock.requests.length, 2);
       assert.equal(await page.locator('.versions').count(), 0);
     }, { quiet: ['400'] }));
+
+  test('what a guard keeps back is told as that, kept, and is no answer', () =>
+    visit(async ({ page, mock }) => {
+      await say(page, 'unsafe');
+      const note = answers(page).first().getByRole('note');
+      assert.match(await note.innerText(), /Kept back by this server’s guard\s+What was asked was kept back: the guard found it unsafe: S9/);
+      await page.getByRole('status').getByText('No answer. What was asked was kept back').waitFor();
+      assert.equal(await answers(page).first().locator('.prose').count(), 0);
+      assert.equal(await answers(page).first().getByRole('button', { name: /Copy/ }).count(), 0);
+      await say(page, 'decline');
+      assert.match(await answers(page).nth(1).getByRole('note').innerText(), /Declined\s+I cannot help with that\./);
+      assert.deepEqual(mock.requests[1].body.messages[1], {
+        role: 'assistant', content: null,
+        refusal: 'What was asked was kept back: the guard found it unsafe: S9 (Indiscriminate Weapons).',
+      });
+      await kept(page, 'decline');
+      await page.reload();
+      await answers(page).nth(1).getByText('I cannot help with that.').waitFor();
+    }));
 
   for (const [word, said] of [
     ['midway', 'The engine stopped: out of pages. Ask again with a smaller max_tokens.'],
@@ -362,11 +407,31 @@ describe('models', () => {
       const chooser = page.waitForEvent('filechooser');
       await page.getByRole('button', { name: 'Attach a picture' }).click();
       await (await chooser).setFiles([
+        { name: 'large.png', mimeType: 'image/png', buffer: Buffer.alloc(11_300_000) },
         { name: 'dot.png', mimeType: 'image/png', buffer: DOT },
         { name: 'evil.svg', mimeType: 'image/svg+xml', buffer: Buffer.from('<svg xmlns="http://www.w3.org/2000/svg" onload="window.hurt=1"/>') },
       ]);
       await page.getByRole('img', { name: 'dot.png' }).waitFor();
       await page.locator('.notice').getByText('evil.svg is no PNG, JPEG, WebP or GIF').waitFor();
+      await page.getByRole('status').getByText('Attached: dot.png.').waitFor();
+      // pasted and dropped ones come too, and one is taken away again
+      for (const [how, of] of [['paste', 'textarea'], ['drop', '.composer']])
+        await page.evaluate(
+          async ([how, of, base64]) => {
+            const data = new DataTransfer();
+            const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+            data.items.add(new File([bytes], how + '.png', { type: 'image/png' }));
+            const about = { bubbles: true, cancelable: true };
+            const event = how === 'paste' ? new ClipboardEvent('paste', { ...about, clipboardData: data }) : new DragEvent('drop', { ...about, dataTransfer: data });
+            document.querySelector(of).dispatchEvent(event);
+          },
+          [how, of, DOT.toString('base64')],
+        );
+      for (const how of ['paste', 'drop']) {
+        await page.getByRole('img', { name: how + '.png' }).waitFor();
+        await page.getByRole('button', { name: `Take ${how}.png away` }).click();
+      }
+      assert.equal(await page.locator('.composer img').count(), 1);
       await say(page, 'What is this?');
       assert.deepEqual(mock.requests[0].body.messages[0].content, [
         { type: 'image_url', image_url: { url: 'data:image/png;base64,' + DOT.toString('base64') } },
@@ -557,6 +622,8 @@ describe('hands and eyes', () => {
         await page.getByRole('button', { name: 'Edit this message' }).last().click();
         await check('edit');
         await page.keyboard.press('Escape');
+        await send('unsafe');
+        await check('kept-back');
         await page.getByRole('button', { name: 'Settings' }).click();
         await check('settings');
         await page.getByRole('button', { name: 'Close the settings' }).click();
@@ -566,6 +633,17 @@ describe('hands and eyes', () => {
         await page.getByRole('button', { name: /Close the engine/ }).click();
         await page.getByRole('button', { name: /^Model:/ }).click();
         await check('models');
+        await page.getByRole('button', { name: /^llama3.2-vision/ }).click();
+        const chooser = page.waitForEvent('filechooser');
+        await page.getByRole('button', { name: 'Attach a picture' }).click();
+        await (await chooser).setFiles(await pictures(page));
+        await page.locator('.composer img').nth(1).waitFor();
+        await check('attached');
+        await send('What is on these?');
+        await page.getByRole('button', { name: 'Edit this message' }).last().click();
+        await check('pictures');
+        await page.keyboard.press('Escape');
+        await page.getByRole('button', { name: /^Model:/ }).click();
         await page.getByRole('button', { name: /^cria/ }).click();
         if (touch) {
           await page.getByRole('button', { name: 'Conversations' }).click();

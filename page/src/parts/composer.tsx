@@ -4,7 +4,7 @@ import type { VNode } from 'preact';
 import { useEffect, useLayoutEffect, useRef, useState } from 'preact/hooks';
 import { isPicture, LIMITS } from '../exchange';
 import { Icon } from '../icons';
-import { busy, model, send, shown, stop, tell } from '../state';
+import { busy, model, send, shown, spoken, stop, tell } from '../state';
 import type { Picture } from '../tree';
 import { grow, Pictures } from './turn';
 
@@ -68,6 +68,7 @@ export function Composer(): VNode {
     const already = drafts.get(id)?.pictures ?? [];
     const more = await pictures(files, already.length);
     keep({ pictures: [...already, ...more] });
+    if (more.length > 0) spoken.value = `Attached: ${more.map((one) => one.name).join(', ')}.`;
   };
   const go = (): void => {
     if (send(draft.text, draft.pictures)) {

@@ -147,7 +147,6 @@ export function CostLine({ cost }: { cost: Cost }): VNode {
 const ENDS: Record<string, string> = {
   length: 'Cut off: the limit of tokens was reached, or the context is full.',
   stopped: 'Stopped by you.',
-  content_filter: 'Ended by a filter.',
 };
 const QUIET_ENDS = ['stop', 'tool_calls', 'function_call', 'edited', 'error', 'length', 'stopped', 'content_filter'];
 
@@ -162,6 +161,16 @@ export function Ending({ turn }: { turn: Turn }): VNode | null {
         <button type="button" onClick={() => void again(shown.value.id, turn.id)} disabled={busy.value}>
           Ask again
         </button>
+      </div>
+    );
+  if (turn.refusal || turn.finish === 'content_filter')
+    return (
+      <div class="kept-back" role="note">
+        <p>
+          <Icon name="shield" />
+          {turn.finish === 'content_filter' ? 'Kept back by this server’s guard' : 'Declined'}
+        </p>
+        {turn.refusal && <p class="said">{turn.refusal}</p>}
       </div>
     );
   const word =
@@ -227,7 +236,7 @@ export function TurnView({ turn, last }: { turn: Turn; last: boolean }): VNode {
             <Pictures pictures={turn.pictures} />
             {turn.role === 'user' ? <p class="plain">{turn.text}</p> : turn.text && <Prose text={turn.text} />}
             <Tools turn={turn} />
-            {writing && !turn.text && !turn.tools.length && <Waiting />}
+            {writing && !turn.text && !turn.refusal && !turn.tools.length && <Waiting />}
             {turn.role === 'assistant' && <Ending turn={turn} />}
             <footer>
               <Versions turn={turn} />
