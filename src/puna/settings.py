@@ -114,7 +114,8 @@ class Flag:
     A `positional` is given by place, the others by `--name` (and by `short`, such as `-o`); a tuple may be given
     several times, a positional one takes the words that are left. `metavar` stands for the value in help; `choices` are
     all the values there are; what is `required` has no default. A `table` is a tuple of NAME=VALUE words that a
-    configuration file writes as a table.
+    configuration file writes as a table. `typed` is what follows the two dashes where Python keeps the field's name for
+    itself (`in`).
     """
 
     help: str
@@ -124,6 +125,7 @@ class Flag:
     positional: bool = False
     required: bool = False
     table: bool = False
+    typed: str = ""
 
 
 def _option(
@@ -134,8 +136,9 @@ def _option(
     short: str = "",
     choices: tuple[str, ...] = (),
     table: bool = False,
+    typed: str = "",
 ) -> Any:
-    return field(default=default, metadata={"flag": Flag(help, metavar, short, choices, table=table)})
+    return field(default=default, metadata={"flag": Flag(help, metavar, short, choices, table=table, typed=typed)})
 
 
 def _argument(help: str, metavar: str, *, required: bool = False, default: Any = None) -> Any:
@@ -233,7 +236,10 @@ class RunSettings(Settings):
         None,
         "GB",
     )
+    image: tuple[str, ...] = _option("a picture that the prompt is about; may be repeated", (), "FILE")
     raw: bool = _option("apply no chat format: continue the prompt as it is", False)
+    infill: bool = _option("fill the gap that the prompt has at <FILL_ME>; stdout gets what stands in it", False)
+    suffix_first: bool = _option("with --infill: have the model read what stands behind the gap first", False)
     session: Path | None = _option(  # noqa: RUF009
         "go on with the chat in FILE and keep it there; what was computed for it stays in FILE.cache", None, "FILE"
     )
@@ -300,9 +306,131 @@ class RemoveSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelsSettings(Settings):
-    """List the Llama models that Puna knows by name."""
+    """List the Llama models that Puna knows by name, show one whole, or compare several.
+
+    Without a MODEL it lists the family; the filters leave some out. With one it shows all that is known of it: sizes,
+    languages, licence, published scores, who hosts it for how much. With several it puts them side by side. A MODEL is
+    a short name, a hub id, or one of the hosted models that people compare with (gpt-5, claude-sonnet-4.5; --hosted
+    lists them).
+
+    Prices are what their sources said on their day; nothing is fetched. Those of catalog.toml in PUNA_HOME go before
+    them. --picture draws cost against context or a published score, as SVG.
+    """
 
     command: ClassVar[str] = "models"
+
+    models: tuple[str, ...] = _argument("the models to show or compare (default: list all)", "MODEL", default=())
+    generation: str | None = _option("only this generation: llama3.1, llama4, codellama, ...", None, "NAME")
+    modality: str | None = _option("only models that take pictures, or text alone", None, choices=("image", "text"))
+    context: int | None = _option("only models with at least this many tokens of context", None, "N")
+    max_memory: float | None = _option(
+        "only models whose weights as Q4_K_M, and a cache of --context (else 8192) tokens, fit these gigabytes",
+        None,
+        "GB",
+    )
+    licence: str | None = _option("only models under this licence: llama2, llama3.1, ...", None, "NAME")
+    language: str | None = _option("only models that support this language officially: de, th, ...", None, "CODE")
+    hosted: bool = _option("list the hosted models that people compare with", False)
+    hosts: bool = _option("list who serves models, and who rents accelerators for how much", False)
+    sort: str = _option(
+        "what to sort by", "family", choices=("family", "context", "memory", "price", "released", "score", "size")
+    )
+    picture: Path | None = _option("draw cost against --against into this SVG file", None, "FILE")  # noqa: RUF009
+    against: str = _option("what --picture shows cost against", "score", choices=("score", "context"))
+    benchmark: str = _option("the published score to show, to sort by and to draw", "MMLU", "NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostSettings(Settings):
+    """Work out what a month of work costs: hosted by the token, on rented machines, on your own.
+
+    MODEL is a Llama, or a hosted model (gpt-5). --requests is a month's; --in and --out are the tokens of one. For a
+    Llama the work is costed at every host in the catalog, and on --gpu: rented, or bought and fed with power, with
+    the utilisation at which it costs what the cheapest host charges. The arithmetic is shown.
+
+    Speeds are bounds from bandwidth and peak times assumed efficiencies, unless --speed-in and --speed-out say what
+    `puna bench` measured. Prices carry their source and day; catalog.toml in PUNA_HOME goes before them.
+    """
+
+    command: ClassVar[str] = "cost"
+
+    model: str = _argument("a Llama, or a hosted model", "MODEL", required=True)
+    requests: int = _option("requests a month", 10_000, "N")
+    tokens_in: int = _option("tokens in a request", 1000, "T", typed="in")
+    tokens_out: int = _option("tokens out a request", 300, "T", typed="out")
+    cached: float = _option("share of the input that a cache has already, 0 to 1", 0.0, "SHARE")
+    batch: float = _option("share of the requests that may wait for a batch, 0 to 1", 0.0, "SHARE")
+    against: tuple[str, ...] = _option("also cost the work with this hosted model; may be repeated", (), "MODEL")
+    gpu: str | None = _option(
+        "the accelerator to run it on (default: the cheapest that the catalog has a rent for)", None, "NAME"
+    )
+    gpus: int | None = _option("how many of it serve one copy (default: as few as hold the model)", None, "N")
+    rent: float | None = _option("dollars an hour for one of them (default: the catalog's cheapest)", None, "USD")
+    price: float | None = _option("dollars to buy one of them, in place of renting", None, "USD")
+    buy: bool = _option("buy, at the catalog's price where it has one", False)
+    months: float = _option("months that what is bought is used", 36.0, "N")
+    power: float | None = _option("watts of the whole machine (default: its accelerators')", None, "W")
+    electricity: float | None = _option("dollars a kilowatt hour (default: the catalog's average)", None, "USD")
+    utilisation: float = _option("share of its time that a machine may be busy, above 0 and up to 1", 0.5, "SHARE")
+    quant: str = _option("the weights' type", "Q4_K_M", choices=("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "BF16"))
+    streams: int | None = _option("answers at a time (default: what the memory holds, at most 64)", None, "N")
+    speed_in: float | None = _option("measured tokens a second of one copy, in", None, "X")
+    speed_out: float | None = _option("measured tokens a second of one copy, out, all answers together", None, "X")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecommendSettings(Settings):
+    """Recommend a Llama for a task, within a budget, a privacy and a context, and say why.
+
+    What cannot be is ruled out with its reason; the rest is ranked by points for quality (published scores, compared
+    only where two models share a benchmark and a setup), cost, privacy and knowledge. Every point is shown, and what
+    speaks against a choice too. The same question gives the same answer.
+    """
+
+    command: ClassVar[str] = "recommend"
+
+    task: str = _option(
+        "what it is for",
+        "chat",
+        choices=("chat", "code", "infill", "reason", "summarise", "tools", "translate", "vision", "moderation"),
+    )
+    privacy: str = _option(
+        "where text may go: nowhere, to rented machines of your own, or to any host",
+        "local",
+        choices=("local", "rented", "any"),
+    )
+    context: int = _option("tokens that one conversation must hold", 8192, "N")
+    memory: float | None = _option("gigabytes of your machine that it must fit", None, "GB")
+    budget: float | None = _option("dollars a month at most", None, "USD")
+    requests: int = _option("requests a month", 10_000, "N")
+    tokens_in: int = _option("tokens in a request", 1000, "T", typed="in")
+    tokens_out: int = _option("tokens out a request", 300, "T", typed="out")
+    language: str | None = _option("a language that it must support officially: de, th, ...", None, "CODE")
+    region: str | None = _option("where you are, for its licence: EU, or a country's two letters", None, "CODE")
+    users: int | None = _option("monthly users of all your products, for its licence", None, "N")
+    show: int = _option("how many choices to explain", 5, "N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LicenceSettings(Settings):
+    """Say what a model's licence and use policy allow in your case, with the clause's place and its words.
+
+    It reads Meta's agreement of the model's own version: the limit of 700 million monthly users, what must be shown and
+    how a derivative is named, whether outputs may train other models, and the clause on the European Union. It is a
+    reading aid and not legal advice.
+    """
+
+    command: ClassVar[str] = "licence"
+
+    model: str = _argument("a Llama by its name, or a folder or file of one", "MODEL", required=True)
+    users: int | None = _option(
+        "monthly users of all your products in the month before the version's release", None, "N"
+    )
+    region: str | None = _option("where you are domiciled: EU, or a country's two letters", None, "CODE")
+    use: tuple[str, ...] = _option(
+        "what you want to do: outputs-to-train, distribute or multimodal; may be repeated (default: all)", (), "USE"
+    )
+    notice: bool = _option("print the Notice file that a copy must carry, and nothing else", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,6 +454,30 @@ class ConvertSettings(Settings):
     )
     type: str | None = _option("the type of the weights (default: as stored)", None, choices=TYPES)
     tokenizer: Path | None = _option("the tokenizer's file (default: beside the weights)", None, "FILE")  # noqa: RUF009
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings(Settings):
+    """Work out what a model takes and how fast it will be, before it is fetched.
+
+    MODEL is a short name of the catalog (`puna models`), pulled or not, or a model that is here. Without --quant the
+    usual types stand side by side. The machine is this one, whose memory and products are measured for a second, or
+    --machine: a card of the catalog (h100, rtx4090; 2xh100 for two), whose data sheet is taken, or one that --memory,
+    --bandwidth and --peak describe.
+    """
+
+    command: ClassVar[str] = "plan"
+
+    model: str = _argument("the model: a short name, a hub id or a path", "MODEL", required=True)
+    context: int | None = _option("tokens of prompt and answer of each user (default: 8192 at most)", None, "N")
+    users: int = _option("users at once", 1, "N")
+    quant: str | None = _option("only this type of weights", None, choices=TYPES)
+    kv_type: str = _option("how the cache keeps keys and values", KV_TYPES[0], choices=KV_TYPES)
+    machine: str | None = _option("a card of the catalog, or NxCARD (default: this machine)", None, "NAME")
+    memory: float | None = _option("gigabytes of memory, in place of the machine's", None, "GB")
+    bandwidth: float | None = _option("gigabytes a second read from memory, in place of the machine's", None, "GB/S")
+    peak: float | None = _option("10^12 operations a second, in place of the machine's", None, "TOPS")
+    disk: float = _option("gigabytes a second read from the disk", 1.0, "GB/S")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -436,9 +588,9 @@ class ServeSettings(Settings):
     --keep-alive seconds or its memory is needed; --on-demand says the same of models that are named.
 
     --config names a TOML file that says what flags say, under their names (`port = 8000`, `keep-alive = 60`); a flag
-    that is typed goes before the file. --alias and --option are tables there: [alias] NAME = "MODEL" and
-    [option.MODEL] KEY = VALUE. The options of a model are dtype, quant, tokenizer, adapter, speculate, draft, kv-type
-    and kv-memory, as for `puna run`; MODEL * stands for all.
+    that is typed goes before the file. --alias, --option and --guard-category are tables there: [alias] NAME = "MODEL",
+    [option.MODEL] KEY = VALUE and [guard-category] NAME = "TEXT". The options of a model are dtype, quant, tokenizer,
+    adapter, speculate, draft, kv-type and kv-memory, as for `puna run`; MODEL * stands for all.
 
     Without a key it answers this machine only; `puna keys add` makes keys, which a running server takes in at once, and
     from then on nobody is let in without one. --no-key lets everybody in who can reach it. SIGTERM (and Ctrl-C) lets
@@ -464,6 +616,18 @@ class ServeSettings(Settings):
     device: str = _option("cpu, or a torch device such as cuda, for all models", "cpu", "DEVICE")
     kernels: str = _option("what computes on the CPU, for all models", KERNELS[0], choices=KERNELS)
     invariant: bool = _option("compute each answer's bits alike, whatever runs beside it or is in the cache", False)
+    guard: str | None = _option(
+        "a Llama Guard that judges what is asked and answered; it is served too, and stays loaded", None, "MODEL"
+    )
+    guard_judges: str = _option(
+        "with --guard: what is judged; unsafe answers are kept back", "both", choices=("both", "asked", "answered")
+    )
+    guard_off: tuple[str, ...] = _option(
+        "with --guard: a category that is not judged, such as S6; may be repeated", (), "CODE"
+    )
+    guard_category: tuple[str, ...] = _option(
+        "with --guard: a further category, and what belongs to it; may be repeated", (), "NAME=TEXT", table=True
+    )
     api_key: str | None = _option("one key that may do everything, beside those of `puna keys`", None, "KEY")
     no_key: bool = _option("let everybody in who can reach it; needed where others can and there is no key", False)
     database: str | None = _option(
@@ -474,6 +638,11 @@ class ServeSettings(Settings):
     )
     allow_origin: tuple[str, ...] = _option(
         "a web page that may call it, such as https://chat.example; may be repeated", (), "ORIGIN"
+    )
+    image_hosts: tuple[str, ...] = _option(
+        "hosts that pictures in requests may be fetched from by https, with commas between; may be repeated",
+        (),
+        "NAME",
     )
     log: str = _option("how requests are told on stderr", "off", choices=("off", "line", "json"))
     audit: bool = _option("write each request to audit.jsonl in PUNA_HOME: who, which model, how much, no text", False)
@@ -486,7 +655,8 @@ COMMANDS: dict[str, type[Settings]] = {
     settings.command: settings
     for settings in (
         RunSettings, ServeSettings, KeysSettings, PullSettings, ListSettings, ShowSettings, RemoveSettings,
-        ModelsSettings, ConvertSettings, BenchSettings, BenchServeSettings, DoctorSettings,
+        ModelsSettings, PlanSettings, CostSettings, RecommendSettings, LicenceSettings, ConvertSettings, BenchSettings,
+        BenchServeSettings, DoctorSettings,
     )
 }  # fmt: skip
 """Every command, by its name, in the order of `puna --help`."""

@@ -19,8 +19,8 @@ from puna.bench import shapes
 from puna.bench.work import Model
 from puna.bench.worker import EngineSpec, check_installed
 from puna.errors import PunaError, UsageError
-from puna.models import decoder
 from puna.models.config import DecoderConfig
+from puna.models.registry import definition
 from puna.weights.checkpoint import Checkpoint, open_checkpoint
 from puna.weights.whole import appearing
 
@@ -63,7 +63,7 @@ class Target:
     @property
     def few_bits(self) -> bool:
         """Whether a peer's 4-bit format is the nearest in size."""
-        return self.packed and 8 * self.nbytes / decoder.parameter_count(self.config) < FEW_BITS
+        return self.packed and 8 * self.nbytes / definition(self.config).parameter_count(self.config) < FEW_BITS
 
 
 def target_of_model(path: Path, name: str) -> tuple[Target, Model]:
@@ -88,15 +88,10 @@ def _target(opened: Checkpoint, name: str) -> Target:
 
 
 def _model(opened: Checkpoint) -> Model:
-    """What a step reads: every matrix but an embedding of its own, of which it reads a row."""
     target = _target(opened, "")
-    read = sum(
-        tensor.nbytes
-        for name, tensor in opened.tensors.items()
-        if len(tensor.shape) == 2 and (name != "embedding" or opened.config.tied_head)
-    )
+    sizes = {name: tensor.nbytes for name, tensor in opened.tensors.items()}
     products = "int8" if target.packed else "bf16" if target.kind == "BF16" else "fp32"
-    return Model(opened.config, read, products, 4 if target.kind == "F32" else 2)
+    return Model(opened.config, sizes, products, "fp32" if target.kind == "F32" else "fp16")
 
 
 def chosen(against: str | None) -> list[str]:

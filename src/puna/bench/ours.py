@@ -10,14 +10,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
-from typing import Any
 
 import numpy as np
 
 from puna import __version__
+from puna.bench.probes import Probes
 from puna.bench.protocol import serve
 from puna.engine.engine import PREFILL_CHUNK, Engine
 from puna.engine.native_runner import host_runner
@@ -27,15 +25,6 @@ from puna.kernels.layouts import page_table
 from puna.types import Sampling
 from puna.weights.find import find_model
 from puna.weights.load import load
-
-READ_BYTES = 1 << 28
-"""Read by the probe of the memory: larger than any cache of a processor today."""
-
-PIECES = 128
-"""Of work in the probe of the arithmetic, shared by all threads: some ten milliseconds."""
-
-PROBES = 6
-"""Times that each probe is run in a row; the best counts."""
 
 
 class Puna:
@@ -51,7 +40,7 @@ class Puna:
             cpu.set_threads(threads)
         self._pages: Ids = np.zeros((0, 0), np.int32)
         self._filled: tuple[int, int] | None = None
-        self._memory: Any = None
+        self._probes = Probes()
         self._room, self._step_tokens = room, step_tokens or PREFILL_CHUNK
 
     def load(self) -> None:
@@ -103,27 +92,8 @@ class Puna:
         return asdict(self._engine.statistics())
 
     def limits(self) -> dict[str, float]:
-        """What this machine reaches: bytes a second read from memory, operations a second by kind of number.
-
-        A multiplication and an addition are two operations. A kind that the instruction set has no instruction for is
-        left out, and all are where the C++ is absent.
-        """
-        if ops.threads() is None:
-            return {}
-        from puna.kernels import cpu
-
-        if self._memory is None:
-            self._memory = np.ones(READ_BYTES // 4, np.float32)
-
-        def read() -> int:
-            cpu.probe_read(self._memory)
-            return READ_BYTES
-
-        found = {"read": _best_rate(read)}
-        for kind in ("fp32", "bf16", "int8"):
-            if rate := _best_rate(partial(cpu.probe_products, kind, PIECES)):
-                found[kind] = 2 * rate
-        return found
+        """See `probes.Probes.limits`."""
+        return self._probes.limits()
 
     def _fill(self, prompts: list[list[int]], capacity: int) -> Logits:
         """Put prompts of one length into a new cache with room for `capacity` tokens each; logits after each [B, V]."""
@@ -137,20 +107,6 @@ class Puna:
             wanted = table.starts[1:] - np.int32(1) if whole else np.zeros(0, np.int32)
             logits = self._runner.run(Batch(parts.reshape(-1), table, wanted))
         return logits
-
-
-def _best_rate(probe: Callable[[], int]) -> float:
-    """What a probe does in a second, the best of several times in a row.
-
-    The first times are slow: a thread that slept may be woken on the core of the one that woke it, and a system needs
-    some milliseconds to move it to its own.
-    """
-    best = 0.0
-    for _ in range(PROBES):
-        began = time.perf_counter()
-        done = probe()
-        best = max(best, done / (time.perf_counter() - began))
-    return best
 
 
 if __name__ == "__main__":

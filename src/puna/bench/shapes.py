@@ -1,7 +1,7 @@
 """Models with the shape of a real one and random weights, made for a measurement and kept for the next.
 
-What it is: shapes by name (the catalog's, `cria`, llama2.c's small ones), written as GGUF for Puna and llama.cpp, or as
-the hub's safetensors for the others.
+What it is: shapes by name (the catalog's, `cria`, llama2.c's small ones, a small Scout), written as GGUF for Puna and
+llama.cpp, or as the hub's safetensors for the others. Of a model that sees, the text alone.
 What it is not: a model that says anything. Speed does not depend on the numbers as long as none is infinite: they are
 drawn with the spread that Llama's weights have, and norms are 1.
 What is surprising: numbers are drawn and packed once, a million of them, and each tensor is a shuffle of their blocks,
@@ -27,8 +27,10 @@ from puna.errors import UsageError
 from puna.kernels import ops
 from puna.kernels.blocks import TYPES
 from puna.kernels.layouts import BF16
-from puna.models import decoder, llama1, llama2
-from puna.models.config import DecoderConfig, read_hub, write_hub
+from puna.models import known, llama1, llama2
+from puna.models.config import DecoderConfig, write_hub
+from puna.models.llama4_config import Llama4Config, every
+from puna.models.registry import definition
 from puna.models.rope import Rope
 from puna.settings import puna_home
 from puna.weights import gguf_metadata, gguf_write, mixes, names
@@ -51,6 +53,12 @@ _STORIES = {"stories15M": (288, 6, 6), "stories42M": (512, 8, 8), "stories110M":
 # llama2.c's models on TinyStories (its README): width, layers, heads; hidden widths by Llama 2's rule, multiples of 32.
 _STORIES_VOCABULARY = 32000
 
+_SCALED = {"scout-2b": ("llama4:scout", 4)}
+# A shape of the catalog with each of its numbers divided, but the size of a head: its ratios, and fewer parameters.
+
+_UNWRITTEN = "its cross-attention layers have no layout in GGUF"
+# Of Llama 3.2 Vision, whose architecture the catalog calls `vision`.
+
 _BYTES = 256
 _SPECIAL = ("<unk>", "<s>", "</s>")
 _BOS, _EOS = 1, 2
@@ -60,7 +68,13 @@ _VERSION = 1  # of the files' content: a change makes new ones
 
 def names_of_shapes() -> list[str]:
     """Every name that `config_of` knows, besides other spellings of the catalog's."""
-    return [EMBEDDED, *_STORIES, *(entry.short_name for entry in catalog.entries() if entry.runnable)]
+    whole = (entry.short_name for entry in catalog.entries() if not _why_not(entry))
+    return [EMBEDDED, *_STORIES, *_SCALED, *whole]
+
+
+def _why_not(entry: catalog.CatalogEntry) -> str:
+    """Why a model of the catalog is not to be had as a shape; empty where it is."""
+    return _UNWRITTEN if entry.architecture == "vision" else ""
 
 
 def config_of(shape: str) -> DecoderConfig:
@@ -74,6 +88,8 @@ def config_of(shape: str) -> DecoderConfig:
             head_dim=dim // heads, hidden_dim=llama2.hidden_dim(dim, 32), norm_eps=1e-5,
             rope=Rope(dim // heads, llama1.ROPE_THETA), context_length=LONGEST, tied_head=True,
         )  # fmt: skip
+    elif shape in _SCALED:
+        config = _scaled(*_SCALED[shape])
     else:
         config = _from_catalog(shape)
     return replace(config, context_length=max(config.context_length, LONGEST), interleaved_rope=True)
@@ -81,20 +97,25 @@ def config_of(shape: str) -> DecoderConfig:
 
 def _from_catalog(shape: str) -> DecoderConfig:
     entry = catalog.find(shape)
-    if entry is None or not entry.runnable:
-        why = "no such shape" if entry is None else entry.not_runnable_because
+    why = "no such shape" if entry is None else _why_not(entry)
+    if entry is None or why:
         raise UsageError(f"--shape {shape}: {why}.", remedy=f"One of: {', '.join(names_of_shapes())}.")
-    scaling = None if entry.rope_scaling is None else dict(entry.rope_scaling)
-    return read_hub(
-        {
-            "model_type": "llama", "vocab_size": entry.vocab_size, "hidden_size": entry.dim,
-            "intermediate_size": entry.ffn_dim, "num_hidden_layers": entry.layers, "num_attention_heads": entry.heads,
-            "num_key_value_heads": entry.kv_heads, "head_dim": entry.head_dim, "rope_scaling": scaling,
-            "max_position_embeddings": entry.context_length, "rms_norm_eps": entry.rms_norm_eps,
-            "rope_theta": entry.rope_theta, "tie_word_embeddings": entry.tied,
-        },
-        entry.short_name,
-    ).config  # fmt: skip
+    config = known.config_of(entry)
+    return replace(config, vision=None) if isinstance(config, Llama4Config) else config
+
+
+def _scaled(name: str, by: int) -> DecoderConfig:
+    """A mixture of the catalog, every layer of it one, made smaller: each number over `by`, but the head size."""
+    whole = _from_catalog(name)
+    assert isinstance(whole, Llama4Config)
+    assert len(whole.moe_layers) == whole.layers
+    layers = whole.layers // by
+    return replace(
+        whole, vocab_size=whole.vocab_size // by, dim=whole.dim // by, layers=layers, heads=whole.heads // by,
+        kv_heads=whole.kv_heads // by, hidden_dim=whole.hidden_dim // by,
+        expert_hidden_dim=whole.expert_hidden_dim // by, moe_layers=tuple(range(layers)),
+        global_layers=every(whole.global_layers[0] + 1, layers), context_length=LONGEST,
+    )  # fmt: skip
 
 
 def folder() -> Path:
@@ -117,22 +138,22 @@ def random_gguf(name: str, config: DecoderConfig, mix_name: str, say: Callable[[
     path = kept(name, config, f"{mix_name}.gguf")
     if path.is_file():
         return path
-    shapes = decoder.shapes(config)
+    shapes = definition(config).shapes(config)
     kinds, notes = mixes.choose(mix, config, shapes)
     for note in notes:
         say(f"note: {note}")
-    pools = _Pools()
+    pools, plan = _Pools(), names.plan(config, "gguf")
+    stored = {part.stored: kinds[parameter] for parameter, parts in plan.parts.items() for part in parts}
     tensors = [
-        gguf_write.Outgoing(
-            names.foreign(parameter, "gguf"), shape, kinds[parameter], pools.tensor(kinds[parameter], shape)
-        )
-        for parameter, shape in shapes.items()
+        gguf_write.Outgoing(name, shape, stored[name], pools.tensor(stored[name], shape))
+        for name, shape in plan.shapes.items()
     ]
     if (factors := gguf_metadata.rope_factors(config)) is not None:
         data = factors.view(np.uint8).data
         tensors.insert(0, gguf_write.Outgoing("rope_freqs.weight", factors.shape, "F32", lambda: iter([data])))
     metadata: dict[str, gguf_write.Value] = {
-        "general.architecture": "llama", "general.type": "model", "general.name": f"random weights of the shape {name}",
+        "general.architecture": gguf_metadata.kind(config), "general.type": "model",
+        "general.name": f"random weights of the shape {name}",
         "general.file_type": mix.file_type, "general.quantization_version": gguf_metadata.QUANTIZATION_VERSION,
         **gguf_metadata.architecture(config), **_vocabulary(config.vocab_size),
     }  # fmt: skip
@@ -152,7 +173,7 @@ def random_hub_folder(name: str, config: DecoderConfig, say: Callable[[str], Non
     pools = _Pools()
     tensors = [
         LazyTensor(names.foreign(parameter, "hub"), shape, "bf16", pools.bf16(shape))
-        for parameter, shape in decoder.shapes(config).items()
+        for parameter, shape in definition(config).shapes(config).items()
     ]
     total = sum(tensor.nbytes for tensor in tensors)
     say(f"writing {total / 1e9:.2f} GB of random weights to {path} (kept for the next time)")
@@ -186,9 +207,10 @@ class _Pools:
             return lambda: iter([np.ones(shape, "<f4").view(np.uint8).data])
 
         def pieces() -> Iterator[memoryview]:
-            rows = max(1, DRAWN // shape[1])
-            for at in range(0, shape[0], rows):
-                yield self._shuffled(kind, min(rows, shape[0] - at), shape[1]).reshape(-1).data
+            *outer, columns = shape
+            total, rows = math.prod(outer), max(1, DRAWN // columns)
+            for at in range(0, total, rows):
+                yield self._shuffled(kind, min(rows, total - at), columns).reshape(-1).data
 
         return pieces
 

@@ -1,21 +1,20 @@
 """The kinds of work that are measured, and the least time this machine could take for each.
 
-What it is: a table, and the arithmetic of bytes and operations of a decoder (Kaplan et al. 2020, section 2.1: two
-operations a weight and token, and attention besides).
+What it is: a table, and what `forecast`'s arithmetic says of each: bytes and operations.
 What it is not: a measurement.
 What is surprising: the limit is that of the model as stored, whoever runs it. A peer that holds the weights in fewer
-bytes could exceed it.
+bytes could exceed it. Of a mixture it counts the experts that so many tokens choose at random, on average.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from puna import forecast
 from puna.errors import UsageError
-from puna.models import decoder
 from puna.models.config import DecoderConfig
+from puna.models.registry import definition
 
 
 @dataclass(frozen=True)
@@ -81,36 +80,27 @@ def chosen(only: str | None, full: bool) -> list[Work]:
 
 @dataclass(frozen=True)
 class Model:
-    """What the arithmetic needs: the config, bytes of all matrices that a step reads, how numbers are multiplied."""
+    """What the arithmetic needs: the config, bytes of each parameter, how numbers are multiplied."""
 
     config: DecoderConfig
-    matrix_bytes: int
+    sizes: Mapping[str, int]
+    """Canonical name → bytes as stored."""
     products: str
     """`int8`, `bf16` or `fp32`: the kind of product that weights of this type take at best."""
-    cache_bytes: int
-    """Bytes of one number in the cache."""
+    kv_type: str
+    """How the cache keeps numbers, a key of `forecast.KV_KINDS`."""
 
 
-def bytes_read(work: Work, model: Model) -> int:
-    """Bytes that a step must read: each matrix once, and the cache of every stream."""
-    c = model.config
-    cache = 2 * work.streams * work.context * c.layers * c.kv_heads * c.head_dim * model.cache_bytes
-    return model.matrix_bytes + cache
+def bytes_read(work: Work, model: Model) -> float:
+    """Bytes that a step must read: each matrix once (of experts those chosen), and the cache of every stream."""
+    cache = work.streams * forecast.cache_bytes(model.config, model.kv_type, work.context, 1)
+    return forecast.bytes_read(model.config, model.sizes, work.tokens * work.streams, cache)
 
 
 def operations(work: Work, model: Model) -> int:
-    """Operations of a step (a prefill is one step): products with every matrix, the head once a stream, attention.
-
-    Attention multiplies each new token with the keys and the values of all before it: four operations a number.
-    """
-    c = model.config
-    head = c.vocab_size * c.dim
-    body = sum(
-        math.prod(shape) for name, shape in decoder.shapes(c).items() if len(shape) == 2 and name.startswith("layers.")
-    )
-    new = work.tokens * work.streams
-    seen = new * work.context + work.streams * work.tokens * (work.tokens + 1) // 2
-    return 2 * body * new + 2 * head * work.streams + 4 * seen * c.layers * c.heads * c.head_dim
+    """Operations of a step; a prefill is one step."""
+    shapes = definition(model.config).shapes(model.config)
+    return forecast.operations(model.config, shapes, work.tokens, work.context, work.streams)
 
 
 def least_seconds(work: Work, model: Model, limits: Mapping[str, float]) -> tuple[float, str] | None:

@@ -8,20 +8,21 @@ its cache and computes only what is new. Ctrl-C stops an answer and keeps what t
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puna.cli import flags, terminal
 from puna.cli.answers import figures, verdict, with_seed
-from puna.errors import ContextError, PunaError, UsageError
+from puna.errors import ChatFormatError, ContextError, PunaError, UsageError
 from puna.settings import SAMPLING_FLAGS, RunSettings, puna_home, typed_path
-from puna.types import Message, Sampling
+from puna.types import Message, Picture, Sampling
 from puna.weights.files import read_json
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ HELP = """\
 /system [TEXT]      show or set the system message; /system none removes it
 /set [NAME VALUE]   show or set sampling: temperature, top_p, top_k, min_p, seed, max_tokens, stop (none: off),
                     and what else `puna run --help` lists
+/image FILE         show a picture with the next message; /image none takes those away again
 /regenerate         answer the last message again
 /clear              forget the conversation
 /save FILE          save the conversation
@@ -72,7 +74,7 @@ class Session:
             "model": self.model,
             "mode": "text" if self.continues else "chat",
             "system": self.system,
-            "messages": [{"role": message.role, "content": message.content} for message in self.messages],
+            "messages": [_as_json(message) for message in self.messages],
             "sampling": {name: getattr(self.sampling, name) for name in SAMPLING_FLAGS},
         }
         if path.is_file():
@@ -115,12 +117,33 @@ def load_session(path: Path) -> Session:
     turns: list[Message] = []
     for number, each in enumerate(messages):
         role = ("user", "assistant")[number % 2]
-        need(isinstance(each, dict) and each.keys() == {"role", "content"}, f"messages[{number}]", "role and content")
+        fits = isinstance(each, dict) and each.keys() - {"pictures"} == {"role", "content"}
+        need(fits, f"messages[{number}]", "role and content, and pictures at most")
         need(each["role"] == role, f"messages[{number}].role", f"{role!r}: the two take turns")
         need(isinstance(each["content"], str), f"messages[{number}].content", "a text")
-        turns.append(Message(role, each["content"]))
+        shown = each.get("pictures", [])
+        fits = isinstance(shown, list) and (not shown or role == "user") and all(_is_picture(one) for one in shown)
+        need(fits, f"messages[{number}].pictures", "a user's, as [0, base64]")
+        try:
+            pictures = tuple((at, Picture(base64.b64decode(data, validate=True))) for at, data in shown)
+            turns.append(Message(role, each["content"], pictures=pictures))
+        except (ValueError, ChatFormatError) as error:
+            raise UsageError(
+                f"{path}: messages[{number}].pictures: {error}", remedy="Name a file that /save wrote."
+            ) from error
     need(len(turns) % 2 == 0, "messages", "whole turns: the last is the assistant's")
     return Session(data["model"], data["mode"] == "text", _sampling(sampling, need), data["system"], turns)
+
+
+def _as_json(message: Message) -> dict[str, Any]:
+    said: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.pictures:
+        said["pictures"] = [[at, base64.b64encode(picture.data).decode()] for at, picture in message.pictures]
+    return said
+
+
+def _is_picture(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and value[0] == 0 and isinstance(value[1], str)
 
 
 def _sampling(data: Mapping[str, Any], need: Callable[[bool, str, str], None]) -> Sampling:
@@ -149,9 +172,13 @@ def _kinds() -> dict[str, Any]:
     return {name: kinds[name] for name in SAMPLING_FLAGS}
 
 
-def chat(llm: LLM, settings: RunSettings, *, ask: Callable[[str], str] = input) -> int:
-    """Talk until the person leaves; returns the exit code. `ask` shows a prompt and gives the line typed after it."""
+def chat(llm: LLM, settings: RunSettings, *, ask: Callable[[str], str] = input, images: Sequence[Picture] = ()) -> int:
+    """Talk until the person leaves; returns the exit code. `ask` shows a prompt and gives the line typed after it;
+    `images` go with the first message."""
     talk = _Chat(llm, settings, ask)
+    if images:
+        talk.check_sight()
+        talk.images = list(images)
     if settings.session is None:
         return talk.loop()
     talk.resume(settings.session)
@@ -164,7 +191,8 @@ def chat(llm: LLM, settings: RunSettings, *, ask: Callable[[str], str] = input) 
 class _Chat:
     def __init__(self, llm: LLM, settings: RunSettings, ask: Callable[[str], str]) -> None:
         self.llm, self.settings, self.ask = llm, settings, ask
-        self.computed: list[int] = []  # the tokens of the last turn, its answer too
+        self.computed: list[int] = []  # the tokens of the last turn, its answer too; none where it has pictures
+        self.images: list[Picture] = []  # for the next message
         self.session = Session(
             llm.name, settings.raw or llm.chat_format is None, settings.sampling(), system=settings.system
         )
@@ -175,6 +203,7 @@ class _Chat:
             "/help": lambda _: terminal.note(HELP),
             "/system": self.set_system,
             "/set": self.set_sampling,
+            "/image": self.show_image,
             "/regenerate": self.regenerate,
             "/clear": self.clear,
             "/save": self.save,
@@ -205,14 +234,14 @@ class _Chat:
                     terminal.note("[stopped; the message is not kept]")
 
     def banner(self) -> None:
-        from puna.models.decoder import parameter_count
+        from puna.models.registry import definition
 
         config = self.llm.config
         out = terminal.console(sys.stderr)
         out.print(self.llm.name, style="bold", end="")
+        count = definition(config).parameter_count(config)
         out.print(
-            f" · {terminal.quantity(parameter_count(config))} parameters · context {config.context_length} tokens · "
-            f"{self.llm.kernels}",
+            f" · {terminal.quantity(count)} parameters · context {config.context_length} tokens · {self.llm.kernels}",
             soft_wrap=True,
         )
         if self.session.continues:
@@ -256,7 +285,7 @@ class _Chat:
 
     def turn(self, text: str) -> None:
         """Send a message with all before it, and show and keep the answer."""
-        message = Message("user", text)
+        message = Message("user", text, pictures=tuple((0, picture) for picture in self.images))
         sampling = with_seed(self.session.sampling)
         try:
             if self.session.continues:
@@ -274,10 +303,13 @@ class _Chat:
                 ) from error
             raise
         answer = self.show(stream, before=text if self.session.continues else "")
-        self.computed = [*stream.prompt_ids, *answer.token_ids]
+        # Ids do not say which pictures stand among them, so what was computed with some is not for a file.
+        shows = any(each.pictures for each in (*self.session.messages, message))
+        self.computed = [] if shows else [*stream.prompt_ids, *answer.token_ids]
         if not answer.token_ids and answer.finish_reason == "cancelled":
             terminal.note("[stopped; the message is not kept]")
             return
+        self.images = []
         self.session.messages += [message, Message("assistant", answer.text)]
         if said := verdict(answer, sampling.max_tokens, self.llm.config.context_length):
             terminal.note(said)
@@ -348,6 +380,27 @@ class _Chat:
                 shown.append(f"{name} {_plain(value)}")
         terminal.note("  ".join(shown))
 
+    def check_sight(self) -> None:
+        """Raises UsageError where the model has no place for pictures."""
+        if self.session.continues or not self.llm.sees:
+            why = "it continues text" if self.session.continues else "it does not see"
+            raise UsageError(
+                f"{self.llm.name} has no place for pictures: {why}.",
+                remedy="Run a model that sees, such as Llama 3.2 Vision or Llama 4.",
+            )
+
+    def show_image(self, name: str) -> None:
+        from puna.images import picture
+
+        if name == "none":
+            self.images = []
+            terminal.note("(no pictures go with the next message)")
+            return
+        self.check_sight()
+        self.images.append(picture(_file(name, "/image")))
+        many = len(self.images)
+        terminal.note(f"({many} picture{'s' if many > 1 else ''} go{'' if many > 1 else 'es'} with the next message)")
+
     def regenerate(self, _: str) -> None:
         if not self.session.messages:
             raise UsageError("There is nothing to answer again.", remedy="Type a message first.")
@@ -356,9 +409,11 @@ class _Chat:
         kept = list(self.session.messages)
         question = self.session.messages[-2]
         del self.session.messages[-2:]
+        waiting, self.images = self.images, [picture for _, picture in question.pictures]
         try:
             self.turn(question.content)
         finally:
+            self.images = waiting
             if len(self.session.messages) < len(kept):
                 self.session.messages = kept
 

@@ -98,7 +98,7 @@ def flag(each: Field[Any]) -> Flag:
 
 def spelling(each: Field[Any]) -> str:
     """What a person types for a field: `--max-tokens`, or a positional's metavar."""
-    return flag(each).metavar if flag(each).positional else "--" + each.name.replace("_", "-")
+    return flag(each).metavar if flag(each).positional else "--" + (flag(each).typed or each.name.replace("_", "-"))
 
 
 def value_name(each: Field[Any]) -> str:

@@ -33,9 +33,6 @@ def main(settings: PullSettings) -> int:
             remedy="Leave them out: Meta's link has one revision, and its files are the original ones.",
         )
     _check_name(settings)
-    entry = catalog.find(settings.name)
-    if entry is not None and not entry.runnable:
-        terminal.note(f"note: {entry.name} can be fetched, not run yet: {entry.not_runnable_because}.")
     with terminal.bar() as show:
         if show is None:
             terminal.note(f"Fetching {settings.name} ...")
@@ -58,7 +55,7 @@ def main(settings: PullSettings) -> int:
         return 0
     fetched = f"{terminal.size(pulled.bytes_fetched)} fetched" if pulled.bytes_fetched else "nothing to fetch"
     terminal.note(f"{pulled.name} is here: {terminal.size(pulled.bytes_total)}, {fetched}, in {pulled.path}")
-    terminal.note(f'Try: puna run {settings.name if entry else pulled.name} "Hello"')
+    terminal.note(f'Try: puna run {settings.name if catalog.find(settings.name) else pulled.name} "Hello"')
     return 0
 
 

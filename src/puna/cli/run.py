@@ -16,27 +16,35 @@ from typing import TYPE_CHECKING
 from puna.cli import terminal
 from puna.cli.answers import figures, verdict, with_seed
 from puna.errors import UsageError
-from puna.settings import RunSettings
+from puna.settings import RunSettings, typed_path
+from puna.types import Infill
 from puna.weights.embedded import EMBEDDED
 from puna.weights.find import find_model, looks_like_path
 
 if TYPE_CHECKING:
     from puna.llm import LLM
+    from puna.types import Picture
 
 INTERRUPTED = 130
 
 
 def main(settings: RunSettings) -> int:
     """Run the command."""
+    from puna.images import picture
+
     settings = _sorted_out(settings)
     # A wrong name or value is said before stdin is read and a large model loaded.
     find_model(settings.model or EMBEDDED)
     settings.sampling()
     prompt = _prompt(settings)
+    gap = _gap(settings, prompt)
     if prompt is None:
         _check_chat(settings)
     elif settings.session is not None:
         raise UsageError("--session keeps a chat, and a prompt asks for one answer.", remedy="Leave one of them out.")
+    images = [picture(typed_path(name)) for name in settings.image]
+    if images and settings.raw:
+        raise UsageError("--image has no place beside --raw: raw text shows none.", remedy="Leave one of them out.")
     with terminal.Waiting(lambda: f"Loading {settings.model} ..."):
         llm = _load(settings)
     for text in llm.notes:
@@ -44,8 +52,8 @@ def main(settings: RunSettings) -> int:
     if prompt is None:
         from puna.cli.chat import chat
 
-        return chat(llm, settings)
-    return _answer(llm, prompt, settings)
+        return chat(llm, settings, images=images)
+    return _answer(llm, prompt if gap is None else gap, settings, images)
 
 
 def _load(settings: RunSettings) -> LLM:
@@ -111,6 +119,22 @@ def _prompt(settings: RunSettings) -> str | None:
     return text
 
 
+def _gap(settings: RunSettings, prompt: str | None) -> Infill | None:
+    """The gap that is to be filled, where one is. Raises UsageError for what goes with it and cannot."""
+    if not settings.infill:
+        if settings.suffix_first:
+            raise UsageError("--suffix-first goes with --infill.", remedy="Leave it out, or add --infill.")
+        return None
+    from puna.text.infill import MARK, split_at_mark
+
+    for name in ("system", "raw"):
+        if getattr(settings, name):
+            raise UsageError(f"--infill leaves no place for --{name}.", remedy="Leave one of them out.")
+    if prompt is None:
+        raise UsageError("--infill needs a text with a gap.", remedy=f"Write {MARK} where it is.")
+    return replace(split_at_mark(prompt), suffix_first=settings.suffix_first)
+
+
 def _check_chat(settings: RunSettings) -> None:
     """Refuse what a chat cannot honour."""
     why = ""
@@ -122,12 +146,13 @@ def _check_chat(settings: RunSettings) -> None:
         raise UsageError(f"There is no prompt, and {why}.", remedy=f'Give one: puna run {settings.model} "..."')
 
 
-def _answer(llm: LLM, prompt: str, settings: RunSettings) -> int:
+def _answer(llm: LLM, prompt: str | Infill, settings: RunSettings, images: list[Picture]) -> int:
     sampling = with_seed(settings.sampling())
-    stream = llm.stream(prompt, system=settings.system, raw=settings.raw, **vars(sampling))
+    stream = llm.stream(prompt, system=settings.system, raw=settings.raw, images=images, **vars(sampling))
     at_terminal = not settings.json and terminal.is_terminal(sys.stdout)
     # A text that is continued is shown from its beginning where a person reads it.
-    before = prompt if at_terminal and (settings.raw or llm.chat_format is None) else ""
+    continued = prompt if isinstance(prompt, str) and (settings.raw or llm.chat_format is None) else ""
+    before = continued if at_terminal else ""
     interrupted = False
     with terminal.Waiting(lambda: f"Reading the prompt ({stream.prefilled} tokens so far) ...") as waiting:
         try:

@@ -15,7 +15,7 @@ import socket
 import sys
 import typing
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import fields
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from puna.gateway.fleet import Fleet
     from puna.gateway.shelf import ModelOptions
     from puna.server.door import Door
+    from puna.server.guarding import Guarding
     from puna.server.observe import LogForm
+    from puna.types import Backend
 
 
 def main(settings: ServeSettings) -> int:
@@ -48,7 +50,7 @@ def main(settings: ServeSettings) -> int:
     from puna.server.process import is_loopback, listen
 
     shelf = LocalShelf(
-        settings.models,
+        _with_guard(settings),
         on_demand=settings.on_demand,
         aliases=dict(_pairs("--alias", settings.alias)),
         options=options_of(settings.option),
@@ -100,8 +102,11 @@ def _door(settings: ServeSettings, *, alone: bool) -> Door:
 async def _serve(settings: ServeSettings, fleet: Fleet, bound: socket.socket, door: Door) -> None:
     from puna.server import process
     from puna.server.app import create_app
+    from puna.server.elsewhere import Fetcher
     from puna.server.observe import Observatory
     from puna.server.traces import traces
+
+    pictures = Fetcher(_image_hosts(settings))
 
     def loading(name: str) -> None:
         terminal.note(f"Loading {name} ...")
@@ -115,16 +120,49 @@ async def _serve(settings: ServeSettings, fleet: Fleet, bound: socket.socket, do
         log_prompts=settings.log_prompts,
         traces=traces(),
     )
-    app = create_app(fleet, door=door, observatory=seeing, state=server_state())
     limits = process.Limits(settings.drain_seconds, settings.connections)
 
     def ready() -> None:
         _said(settings, process.url_of(bound), first, door)
 
     try:
-        await process.serve(app, fleet, bound, limits, ready=ready)
+        async with AsyncExitStack() as stack:
+            guard = None
+            if settings.guard is not None:
+                with _ended_by_signals():
+                    # Held as long as the server runs, so that it is never unloaded.
+                    backend = await stack.enter_async_context(fleet.use(settings.guard))
+                guard = _guard(settings, backend)
+            app = create_app(fleet, door=door, observatory=seeing, state=server_state(), guard=guard, pictures=pictures)
+            await process.serve(app, fleet, bound, limits, ready=ready)
     finally:
         await fleet.close()
+
+
+def _image_hosts(settings: ServeSettings) -> list[str]:
+    """The hosts of each --image-hosts. Raises UsageError for what is none."""
+    from puna.server.elsewhere import host_of
+
+    return [host_of(name) for word in settings.image_hosts for name in word.split(",")]
+
+
+def _with_guard(settings: ServeSettings) -> tuple[str, ...]:
+    """The models that are served: the guard is one of them. Without names all that were pulled are, and so is it."""
+    if settings.guard is None or not settings.models or settings.guard in settings.models:
+        return settings.models
+    return (*settings.models, settings.guard)
+
+
+def _guard(settings: ServeSettings, backend: Backend) -> Guarding:
+    """The guard as the flags have it. Raises UsageError for a model that is none, and for categories."""
+    from puna.server.guarding import Guarding
+    from puna.text.guard import categories
+
+    guard = Guarding(backend, before=settings.guard_judges != "answered", after=settings.guard_judges != "asked")
+    if settings.guard_off or settings.guard_category:
+        added = _pairs("--guard-category", settings.guard_category)
+        guard.categories = categories(backend.card.guards, off=settings.guard_off, added=added)
+    return guard
 
 
 @contextmanager
@@ -233,4 +271,12 @@ def _check(settings: ServeSettings) -> None:
     if "" in settings.models:
         raise UsageError('MODEL is empty: ""', remedy="Name a model, or none at all.")
     options_of(settings.option)
+    _image_hosts(settings)
     _pairs("--alias", settings.alias)
+    _pairs("--guard-category", settings.guard_category)
+    if settings.guard is None:
+        for name in ("guard_judges", "guard_off", "guard_category"):
+            if getattr(settings, name) != getattr(ServeSettings, name):
+                raise UsageError(
+                    f"--{name.replace('_', '-')} goes with --guard.", remedy="Name a guard, or leave it out."
+                )

@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from puna.catalog import models as catalog
 from puna.cli import terminal
-from puna.engine.runner import PAGE, page_bytes, settled_kv_type
-from puna.models import decoder
+from puna.engine.runner import PAGE, local_page_bytes, page_bytes, settled_kv_type, window
 from puna.models.config import DecoderConfig
+from puna.models.llama3_vision_config import MllamaConfig
+from puna.models.llama4_config import Llama4Config
+from puna.models.registry import definition
+from puna.plan import conversation_bytes
 from puna.settings import ShowSettings
 from puna.weights import gguf_model
 from puna.weights.checkpoint import Checkpoint, open_checkpoint
@@ -55,9 +58,9 @@ def describe(name: str, checkpoint: Checkpoint, tokenizer: Path | None = None) -
         "name": name,
         "path": str(checkpoint.path),
         "format": checkpoint.format,
-        "architecture": f"dense Llama decoder ({config.generation})",
+        "architecture": architecture(config),
         "generation": config.generation,
-        "parameters": decoder.parameter_count(config),
+        "parameters": definition(config).parameter_count(config),
         "context_length": config.context_length,
         "config": asdict(config),
         "dtypes": dict(Counter(tensor.dtype for tensor in checkpoint.tensors.values())),
@@ -78,9 +81,25 @@ def describe(name: str, checkpoint: Checkpoint, tokenizer: Path | None = None) -
     }
 
 
+def architecture(config: DecoderConfig) -> str:
+    """What kind of model a config is of, in a few words."""
+    if isinstance(config, Llama4Config):
+        kind = "Llama 4 decoder"
+        if config.moe_layers:
+            kind += f", {config.experts} experts in {len(config.moe_layers)} layers, {config.experts_per_token} a token"
+        sees = config.vision is not None
+    elif isinstance(config, MllamaConfig):
+        kind = f"Llama 3.2 Vision decoder, {len(config.cross_layers)} layers that attend to the picture"
+        sees = config.vision is not None
+    else:
+        kind, sees = "dense Llama decoder", False
+    return f"{kind}{', with a vision encoder' if sees else ''} ({config.generation})"
+
+
 def kv_cache_bytes(config: DecoderConfig, positions: int, kv_type: str) -> int:
     """Bytes of the CPU's KV cache of that type for one conversation of that many tokens."""
-    return -(-positions // PAGE) * page_bytes(config, kv_type)
+    pages = page_bytes(config, kv_type), local_page_bytes(config, kv_type)
+    return conversation_bytes(positions, PAGE, *pages, window(config))
 
 
 def licence(name: str, folder: Path, whole: GGUF | None = None) -> str | None:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,6 +63,65 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
     for row in (headers, *rows):
         say("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
+
+
+def report(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = (), spare: Sequence[int] = ()
+) -> None:
+    """A table that a person at a terminal enjoys: rules, numbers to the right, cells that wrap; elsewhere as `table`.
+
+    `numbers` are the columns that hold numbers, `spare` those that a terminal too narrow for all does without, the
+    first one first; a note names them.
+    """
+    if not is_terminal(sys.stdout):
+        table(headers, rows)
+        return
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    out = console(sys.stdout)
+    room = out.width - 2  # a rule begins and ends one column beside the text
+    columns = {at: [row[at].translate(_CONTROL) for row in rows] for at in range(len(headers))}
+    left_out = []
+    for at in spare:
+        if sum(max(_longest(cells, headers[i])) + _GAP for i, cells in columns.items()) > room + _GAP:
+            left_out.append(headers[at])
+            del columns[at]
+    widths = _fitted([_longest(cells, headers[at]) for at, cells in columns.items()], room)
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="bold")
+    for at, width in zip(columns, widths, strict=True):
+        side: Literal["left", "right"] = "right" if at in numbers else "left"
+        drawn.add_column(Text(headers[at]), justify=side, overflow="fold", width=width)
+    for cells in zip(*columns.values(), strict=True):
+        drawn.add_row(*map(Text, cells))
+    out.print(drawn)
+    if left_out:
+        note(f"A wider terminal shows {', '.join(left_out)} too.")
+
+
+_GAP = 2
+"""Columns of a terminal between two columns of a table."""
+_FOLDED = 30
+"""A word of more letters than this may be folded where a table is narrow."""
+
+
+def _longest(cells: Sequence[str], header: str) -> tuple[int, int]:
+    """The longest cell, and the longest word of them and of the header: a header may wrap as long as no word does. A
+    word longer than _FOLDED (an address) is no reason to keep a column wide."""
+    words = [word for text in (*cells, header) for word in text.split()]
+    return max(map(len, cells), default=0), min(max(map(len, words), default=0), _FOLDED)
+
+
+def _fitted(columns: Sequence[tuple[int, int]], room: int) -> list[int]:
+    """The width of each column of (longest cell, longest word): the widest give way first, none below its words."""
+    widths = [max(column) for column in columns]
+    while sum(widths) + _GAP * (len(widths) - 1) > room:
+        able = [at for at, (_, word) in enumerate(columns) if widths[at] > word]
+        if not able:
+            break
+        widths[max(able, key=lambda at: widths[at])] -= 1
+    return widths
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> None:

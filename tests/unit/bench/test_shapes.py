@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from puna.bench import shapes
 from puna.catalog import models as catalog
 from puna.errors import UsageError
 from puna.kernels.layouts import Packed, to_float32
-from puna.models import decoder
+from puna.models import decoder, llama4
+from puna.models.llama4_config import Llama4Config
 from puna.weights.checkpoint import open_checkpoint
 
 
@@ -33,11 +35,45 @@ def test_the_shapes_of_llama2c() -> None:
     assert shapes.config_of("stories110M").hidden_dim == 2048
 
 
+def test_a_small_scout_has_the_ratios_of_the_large_one() -> None:
+    small, large = shapes.config_of("scout-2b"), shapes.config_of("llama4:scout")
+    assert isinstance(small, Llama4Config)
+    assert isinstance(large, Llama4Config)
+    assert llama4.parameter_count(small) == 1_781_095_680
+    for part in ("dim", "layers", "heads", "kv_heads", "expert_hidden_dim", "vocab_size"):
+        assert getattr(large, part) == 4 * getattr(small, part)
+    for part in ("head_dim", "experts", "experts_per_token", "chunk", "rope", "qk_norm", "vision"):
+        assert getattr(large, part) == getattr(small, part)
+    assert small.moe_layers == tuple(range(12))
+    assert small.global_layers == (3, 7, 11)
+
+
+def test_a_made_up_mixture() -> None:
+    """Another reader finds a layer's experts in one tensor, and so does ours each for itself."""
+    gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
+    config = replace(
+        shapes.config_of("scout-2b"), dim=256, layers=4, heads=4, kv_heads=2, hidden_dim=512, expert_hidden_dim=256,
+        vocab_size=512, moe_layers=(0, 1, 2, 3), global_layers=(3,),
+    )  # fmt: skip
+    path = shapes.random_gguf("tiny", config, "Q4_K_M", lambda _: None)
+    reader = gguf.GGUFReader(path)
+    assert str(reader.fields["general.architecture"].contents()) == "llama4"
+    stored = next(tensor for tensor in reader.tensors if tensor.name == "blk.2.ffn_up_exps.weight")
+    values = gguf.dequantize(stored.data, stored.tensor_type)
+    assert values.shape == (16, 256, 256)
+    opened = open_checkpoint(path)
+    assert opened.config == replace(config, generation=opened.config.generation)
+    found = opened.tensors["layers.2.experts.5.up.weight"].read()
+    np.testing.assert_array_equal(to_float32(found), values[5])
+
+
 def test_every_shape_has_room_for_the_longest_work() -> None:
     assert all(shapes.config_of(name).context_length >= shapes.LONGEST for name in shapes.names_of_shapes())
 
 
-@pytest.mark.parametrize(("name", "said"), [("llama9:1b", "no such shape"), ("llama4:scout", "mixture of experts")])
+@pytest.mark.parametrize(
+    ("name", "said"), [("llama9:1b", "no such shape"), ("llama3.2-vision:11b", "no layout in GGUF")]
+)
 def test_an_unknown_shape_is_refused_by_name(name: str, said: str) -> None:
     with pytest.raises(UsageError, match=f"--shape {name}: .*{said}") as error:
         shapes.config_of(name)

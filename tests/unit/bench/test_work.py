@@ -6,6 +6,7 @@ import pytest
 
 from puna.bench.work import FULL, QUICK, STARTS, Model, Work, bytes_read, least_seconds, operations
 from puna.models.config import DecoderConfig
+from puna.models.llama4_config import Llama4Config
 from puna.models.rope import Rope
 
 CONFIG = DecoderConfig(
@@ -14,7 +15,7 @@ CONFIG = DecoderConfig(
 )  # fmt: skip
 LAYER = 4 * 4 + 2 * 4 + 2 * 4 + 4 * 4 + 3 * 6 * 4  # q, k, v, o, and gate, up, down
 HEAD = 10 * 4
-MODEL = Model(CONFIG, matrix_bytes=1000, products="int8", cache_bytes=2)
+MODEL = Model(CONFIG, sizes={"layers.0.q.weight": 600, "embedding": 400}, products="int8", kv_type="fp16")
 
 
 def test_a_step_reads_each_matrix_once_and_every_stream_s_cache() -> None:
@@ -62,3 +63,17 @@ def test_the_names_that_scripts_rely_on() -> None:
     assert [work.name for work in QUICK] == ["decode", "prefill_512", "decode_8_streams"]
     assert [work.name for work in FULL] == ["prefill_2048", "decode_at_8192"]
     assert {"cold_start", "peak_memory"} <= {work.name for work in STARTS}
+
+
+def test_a_mixture_is_read_and_multiplied_as_far_as_it_is_chosen() -> None:
+    config = Llama4Config(
+        "llama4", 10, 4, 2, 2, 1, 2, 6, 1e-5, Rope(2, 1e4), 64, expert_hidden_dim=3, experts=16, experts_per_token=1,
+        moe_layers=(0, 1), qk_norm=True,
+    )  # fmt: skip
+    sizes = {"embedding": 400, "head": 400, "layers.0.q.weight": 200, "layers.0.experts.3.up.weight": 1600}
+    model = Model(config, sizes, "int8", "fp16")
+    assert bytes_read(Work("decode", "tokens/s", "decode"), model) == 600 + 100
+    # Two tokens choose the same expert once in sixteen times.
+    assert bytes_read(Work("decode", "tokens/s", "decode", streams=2), model) == pytest.approx(600 + 100 * (2 - 1 / 16))
+    layer = 4 * 4 + 2 * 4 + 2 * 4 + 4 * 4 + 16 * 4 + 2 * 3 * 3 * 4  # the router, and two parts of sixteen and one
+    assert operations(Work("decode", "tokens/s", "decode"), model) == 2 * (2 * layer + 10 * 4) + 4 * 1 * 2 * 2 * 2

@@ -17,7 +17,7 @@ from puna.cli.main import main
 from puna.errors import ContextError, UsageError
 from puna.models.config import DecoderConfig
 from puna.models.rope import Rope
-from puna.types import Answer, FinishReason, Sampling, Timings
+from puna.types import Answer, FinishReason, Infill, Sampling, Timings
 
 CONFIG = DecoderConfig(
     generation="llama3", vocab_size=128, dim=8, layers=1, heads=2, kv_heads=1, head_dim=4, hidden_dim=16, norm_eps=1e-5,
@@ -33,6 +33,7 @@ class ScriptedLLM:
         pieces: Sequence[str] = ("Hello", " there"),
         *,
         chat: bool = True,
+        sees: bool = True,
         delay: float = 0.0,
         notes: Sequence[str] = (),
         finish: FinishReason = "stop",
@@ -41,17 +42,24 @@ class ScriptedLLM:
         self.pieces, self.delay, self.finish, self.error = pieces, delay, finish, error
         self.name, self.config, self.kernels, self.notes = "cria", CONFIG, "scripted", tuple(notes)
         self.chat_format = object() if chat else None
+        self.sees = chat and sees
+        self.shown: list[bytes] = []
         self.asked: list[tuple[Any, dict[str, Any]]] = []
 
     def encode(self, prompt: Any, *, system: str | None = None, raw: bool = False) -> list[int]:
         """A token a character."""
         if system is not None and (raw or self.chat_format is None):
             raise UsageError("A system message cannot be honoured.")
+        if isinstance(prompt, Infill):
+            prompt = prompt.prefix + prompt.suffix
         text = prompt if isinstance(prompt, str) else "".join(message.content for message in prompt)
         return list(text.encode())
 
-    def stream(self, prompt: Any, *, system: str | None = None, raw: bool = False, **options: Any) -> ScriptedStream:
+    def stream(
+        self, prompt: Any, *, system: str | None = None, raw: bool = False, images: Any = (), **options: Any
+    ) -> ScriptedStream:
         """As `LLM.stream`."""
+        self.shown += [each.data for each in images]
         self.asked.append((prompt, {"system": system, "raw": raw, **options}))
         count = len(self.encode(prompt, system=system, raw=raw))
         if count >= self.config.context_length:

@@ -408,3 +408,33 @@ def test_a_session_goes_on_where_it_was_with_what_was_computed(tmp_path: Path, t
     with pytest.raises(UserError):
         talk(Saving(), "x", session=tmp_path / "other")
     assert (tmp_path / "other").read_text() == "a diary"
+
+
+def test_images_go_with_the_next_message_and_into_the_session(talk: Talk, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"A")
+    (tmp_path / "b.png").write_bytes(b"B")
+    llm, file = ScriptedLLM(["x"]), tmp_path / "chat.json"
+    image = f"/image {tmp_path / 'a.png'}"
+    _, err = talk(llm, image, f"/image {tmp_path / 'b.png'}", "what?", "and?", "/regenerate", f"/save {file}")
+    assert "(2 pictures go with the next message)" in err
+    shown = [[[picture.data for _, picture in message.pictures] for message in prompt] for prompt, _ in llm.asked]
+    assert shown == [[[b"A", b"B"]], [[b"A", b"B"], [], []], [[b"A", b"B"], [], []]]
+    assert [picture.data for _, picture in load_session(file).messages[0].pictures] == [b"A", b"B"]
+    llm = ScriptedLLM(["x"])
+    talk(llm, f"/load {file}", "more", "/clear", image, "/image none", "plain", image, "seen", "/regenerate")
+    shown = [[[picture.data for _, picture in message.pictures] for message in prompt] for prompt, _ in llm.asked]
+    assert shown == [
+        [[b"A", b"B"], [], [], [], []], [[]], [[], [], [b"A"]], [[], [], [b"A"]],
+    ]  # fmt: skip
+    data = json.loads(file.read_text())
+    for wrong in (7, [[1, "QQ=="]], [[0, "?"]], [[0, ""]], [["0", "QQ=="]], [[0]]):
+        data["messages"][0]["pictures"] = wrong
+        file.write_text(json.dumps(data))
+        with pytest.raises(UsageError, match="pictures"):
+            load_session(file)
+
+
+def test_a_blind_model_says_so_when_a_picture_is_named(talk: Talk, tmp_path: Path) -> None:
+    for llm in (ScriptedLLM(sees=False), ScriptedLLM(chat=False)):
+        _, err = talk(llm, f"/image {tmp_path / 'none.png'}")
+        assert "has no place for pictures" in err

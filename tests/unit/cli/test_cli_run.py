@@ -15,7 +15,7 @@ import scripted
 from scripted import ScriptedLLM
 
 from puna.cli import run
-from puna.types import Sampling
+from puna.types import Infill, Sampling
 
 Puna = Callable[..., Any]
 
@@ -229,3 +229,46 @@ def test_a_real_model_through_the_whole_walk(puna: Puna, reference: Path) -> Non
     said = puna(*words, "--system", "Be kind.")
     assert (said.code, said.out) == (2, "")
     assert "system message cannot be honoured" in said.err
+
+
+def test_a_gap_is_taken_from_the_prompt(puna: Puna, model: Puna) -> None:
+    llm = model(ScriptedLLM())
+    said = puna("run", "cria", "a <FILL_ME> b", "--infill")
+    assert (said.code, said.out) == (0, "Hello there")
+    assert puna("run", "cria", "a<FILL_ME>", "--infill", "--suffix-first").code == 0
+    assert [prompt for prompt, _ in llm.asked] == [Infill("a ", " b"), Infill("a", "", True)]
+    for words, wrong in (
+        (("no gap", "--infill"), "0 gaps"),
+        (("<FILL_ME>", "--infill", "--raw"), "--raw"),
+        (("<FILL_ME>", "--infill", "--system", "x"), "--system"),
+        (("x", "--suffix-first"), "--suffix-first goes with --infill"),
+    ):
+        said = puna("run", "cria", *words)
+        assert said.code == 2
+        assert wrong in said.err
+
+
+def test_a_model_that_fills_no_gap_says_so(puna: Puna) -> None:
+    said = puna("run", "cria", "a <FILL_ME> b", "--infill")
+    assert said.code == 2
+    assert "cria was not trained to fill in the middle" in said.err
+
+
+def test_images_are_shown_to_the_model(puna: Puna, model: Puna, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"A")
+    (tmp_path / "b.png").write_bytes(b"B")
+    llm = model(ScriptedLLM())
+    files = ["--image", str(tmp_path / "a.png"), "--image", str(tmp_path / "b.png")]
+    assert puna("run", "cria", "Hi", *files).code == 0
+    assert llm.shown == [b"A", b"B"]
+    said = puna("run", "cria", "Hi", "--image", str(tmp_path / "c.png"))
+    assert (said.code, "c.png: no such file" in said.err) == (2, True)
+    said = puna("run", "cria", "Hi", "--raw", *files)
+    assert (said.code, "--image has no place beside --raw" in said.err) == (2, True)
+    assert len(llm.shown) == 2
+
+
+def test_a_blind_model_refuses_images(puna: Puna, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"A")
+    said = puna("run", "cria", "Hi", "--image", str(tmp_path / "a.png"))
+    assert (said.code, "takes no pictures" in said.err) == (2, True)

@@ -72,6 +72,8 @@ def test_from_the_start_to_the_end() -> None:
         (["", "--port", "0"], "MODEL is empty"),
         (["nothing-of-this-name", "--port", "0"], "nothing-of-this-name"),
         (["./nothing.gguf", "--port", "0"], "./nothing.gguf: no such file or folder"),
+        (["--image-hosts", "https://a.example"], "--image-hosts 'https://a.example' is no name of a host"),
+        (["--image-hosts", "a.example,127.0.0.1"], "--image-hosts '127.0.0.1' is no name of a host"),
         (["--alias", "x"], "--alias takes NAME=VALUE"),
         (["--alias", "x=cria", "--alias", "x=cria"], "An alias is given twice"),
         (["--alias", "x=other"], "The alias x is for other, which is not served"),
@@ -79,6 +81,10 @@ def test_from_the_start_to_the_end() -> None:
         (["--option", "cria.speed=9"], "'speed' is no option of a model"),
         (["--option", "other.quant=Q8_0"], "There are options for other, which is not served"),
         (["--memory", "0.0001", "cria", "--port", "0"], "cria takes"),
+        (["cria", "--guard-off", "S1"], "--guard-off goes with --guard"),
+        (["cria", "--guard-judges", "asked"], "--guard-judges goes with --guard"),
+        (["cria", "--guard", "cria", "--guard-category", "x"], "--guard-category takes NAME=VALUE"),
+        (["cria", "--guard", "cria", "--port", "0"], "cria is no guard model"),
     ],
 )
 def test_what_is_refused(puna: Puna, words: list[str], said: str) -> None:
@@ -89,13 +95,16 @@ def test_what_is_refused(puna: Puna, words: list[str], said: str) -> None:
 
 
 def test_what_holds_can_be_printed(puna: Puna, tmp_path: Path) -> None:
-    said = puna("serve", "cria", "--port", "1", "--alias", "a=cria", "--print-config")
+    guard = ["--guard", "g", "--guard-judges", "asked", "--guard-off", "S6", "--guard-category", "Rivals=Not them."]
+    said = puna("serve", "cria", "--port", "1", "--alias", "a=cria", *guard, "--print-config")
     assert said.code == 0
     path = tmp_path / "puna.toml"
     path.write_text(said.out)
     assert puna("serve", "--config", str(path), "--print-config").out == said.out
     assert 'models = ["cria"]' in said.out
     assert '[alias]\na = "cria"' in said.out
+    assert 'guard = "g"\nguard-judges = "asked"\nguard-off = ["S6"]' in said.out
+    assert '[guard-category]\nRivals = "Not them."' in said.out
 
 
 def test_options_of_models() -> None:
