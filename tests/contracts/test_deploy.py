@@ -44,13 +44,20 @@ def test_nginx_streams_and_lets_go_of_connections_first() -> None:
     text = (DEPLOY / "nginx.conf").read_text()
     assert text.count("{") == text.count("}")
     assert "proxy_buffering off;" in text
+    # Each path's requests bear the name that the client used: a path with headers of its own would lose these.
+    before, _, paths = text.partition("location ")
+    assert "proxy_set_header Host $host;" in before
+    assert "proxy_set_header" not in paths
+    assert "http2 on" not in re.sub(r"#.*", "", text)  # nginx 1.22, Debian's, has no such word
     assert f"server 127.0.0.1:{ServeSettings().port};" in text
     assert int(re.search(r"keepalive_timeout (\d+)s", text)[1]) < 75  # type: ignore[index]
 
 
 def test_the_container_runs_without_root_and_starts_what_there_is() -> None:
     lines = (DEPLOY / "Dockerfile").read_text().splitlines()
-    assert [line.split()[1] for line in lines if line.startswith("USER ")] == ["puna"]
+    # By number, as Kubernetes' runAsNonRoot wants it, and the one that was made.
+    assert [line.split()[1] for line in lines if line.startswith("USER ")] == ["10001:10001"]
+    assert "--uid 10001 --gid puna" in "\n".join(lines)
     stages = [line for line in lines if line.startswith("FROM ")]
     assert len(stages) == 2
     assert all(":" in stage.split()[1] and not stage.split()[1].endswith(":latest") for stage in stages)
