@@ -3,8 +3,9 @@
 - overhead: a whole answer of one token through the server, against the same request asked of the same kind of backend
   in a process without HTTP; milliseconds, medians of interleaved pairs.
 - streams: sixteen streams' tokens a second, through the server and without.
-- idle: so many requests for streams that wait for the last byte of their bodies. How fast is another request answered
-  beside them, how much memory do they take, and are all answered in the end?
+- idle: so many open streams that have said a word and then say nothing for half a minute. Does each hear that the
+  server is still there, how fast is another request answered beside them, how much memory do they take, and do all of
+  them end as they should? (Their answers come from a script: no model has so many at once on this machine.)
 
 The processor's time is that of the thread of the server's event loop. Ratios are below 1 where HTTP costs tokens.
 
@@ -29,6 +30,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import common
 import httpx2
+
+from puna.server.streams import KEEP_ALIVE_SECONDS
 
 PROMPT = "Once upon a time"
 
@@ -116,7 +119,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200, help="of each of the sixteen streams")
     parser.add_argument("--idle", type=int, default=500, help="connections")
     parser.add_argument("--record", action="store_true", help="append the row to bench/results/http.jsonl")
+    parser.add_argument("--held", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.held:
+        held()
+        return
     port = 18182
     server = subprocess.Popen(
         [sys.executable, "-m", "puna", "serve", options.model, "--port", str(port)],
@@ -156,47 +163,104 @@ def main() -> None:
             "direct": 16 * options.tokens / statistics.median(direct16),
             "ratio": common.ratio(direct16, streamed),
         }
-        row["idle"] = asyncio.run(idle(url, server.pid, options.idle))
+        row["idle"] = asyncio.run(idle(options.idle))
     finally:
         server.terminate()
         server.wait(60)
     common.record("http", row | common.pedigree(), options.record)
 
 
-async def idle(url: str, process: int, connections: int) -> dict[str, Any]:
+def held() -> None:
+    """A server whose answers say a word and then wait until somebody asks for "go on"; its address goes to stdout."""
+    from collections.abc import AsyncGenerator
+
+    from puna.gateway.one import OneModel
+    from puna.gateway.scripted import ScriptedBackend
+    from puna.server.app import create_app
+    from puna.server.process import Limits, listen, serve, url_of
+    from puna.types import Event, Request, Usage
+
+    gate = asyncio.Event()
+
+    async def script(request: Request) -> AsyncGenerator[Event]:
+        if request.prompt == "go on":
+            gate.set()
+        yield Event(text="Once", token_ids=(1,), prefilled=1)
+        if request.prompt == "wait":
+            await gate.wait()
+        yield Event(text=" more.", token_ids=(2,), prefilled=1)
+        yield Event(finish="stop", usage=Usage(1, 0, 2))
+
+    async def run() -> None:
+        models = OneModel(ScriptedBackend(script))
+        bound = listen("127.0.0.1", 0)
+        await serve(create_app(models), models, bound, Limits(), ready=lambda: print(url_of(bound), flush=True))
+
+    asyncio.run(run())
+
+
+async def idle(connections: int) -> dict[str, Any]:
     """See above."""
+    server = subprocess.Popen(
+        [sys.executable, __file__, "--held"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stdout is not None
+        url = server.stdout.readline().strip()
+        port = int(url.rsplit(":", 1)[1])
 
-    def resident() -> int:
-        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        def resident() -> int:
+            return int(Path(f"/proc/{server.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    before = resident()
-    asked = {"model": "", "prompt": PROMPT, "max_tokens": 1, "temperature": 0}
-    port = int(url.rsplit(":", 1)[1])
-    body = json.dumps(asked | {"stream": True, "max_tokens": 2, "ignore_eos": True}).encode()
-    asked_for = request(port, body)
-    streams = [await asyncio.open_connection("127.0.0.1", port) for _ in range(connections)]
-    for _, writer in streams:  # all but the last byte of the body: each stays open and waits
-        writer.write(asked_for[:-1])
-    await asyncio.sleep(1)
-    async with httpx2.AsyncClient(base_url=url, timeout=60) as client:
-        took = []
-        for _ in range(20):
-            began = time.perf_counter()
-            assert (await client.post("/v1/completions", json=asked)).status_code == 200
-            took.append(time.perf_counter() - began)
-    during = resident()
-    answered = 0
-    for _, writer in streams:
-        writer.write(body[-1:])
-    for reader, writer in streams:
-        answered += (await reader.readline()).startswith(b"HTTP/1.1 200")
-        writer.close()
-    return {
-        "connections": connections,
-        "answered": answered,
-        "request_ms_beside": round(1e3 * statistics.median(took), 2),
-        "memory_each": (during - before) // connections,
-    }
+        async with httpx2.AsyncClient(base_url=url, timeout=60) as client:
+
+            async def beside() -> float:
+                took = []
+                for _ in range(20):
+                    began = time.perf_counter()
+                    assert (await client.post("/v1/completions", json={"prompt": "hello"})).status_code == 200
+                    took.append(time.perf_counter() - began)
+                return 1e3 * statistics.median(took)
+
+            alone = await beside()
+            before = resident()
+            asked = request(port, json.dumps({"prompt": "wait", "stream": True}).encode())
+            streams = [await asyncio.open_connection("127.0.0.1", port) for _ in range(connections)]
+            for _, writer in streams:
+                writer.write(asked)
+            for reader, _ in streams:  # every one has begun
+                assert b"Once" in await reader.readuntil(b'"Once"')
+            seconds = 2 * KEEP_ALIVE_SECONDS + 1
+            beating = [0] * connections
+
+            async def listen_to(number: int) -> bytes:
+                said = b""
+                while piece := await streams[number][0].read(1 << 16):
+                    beating[number] += piece.count(b": still here")
+                    said += piece
+                    if said.endswith(b"0\r\n\r\n"):
+                        break
+                return said
+
+            listening = asyncio.gather(*(listen_to(number) for number in range(connections)))
+            await asyncio.sleep(seconds)
+            row = {
+                "connections": connections,
+                "seconds": seconds,
+                "request_ms_alone": round(alone, 2),
+                "request_ms_beside": round(await beside(), 2),
+                "memory_each": (resident() - before) // connections,
+            }
+            await client.post("/v1/completions", json={"prompt": "go on"})
+            said = await listening
+            for _, writer in streams:
+                writer.close()
+            row["heard_a_heartbeat"] = sum(beats > 0 for beats in beating)
+            row["answered"] = sum(b" more." in text and b"data: [DONE]" in text for text in said)
+            return row
+    finally:
+        server.terminate()
+        server.wait(60)
 
 
 if __name__ == "__main__":
