@@ -11,8 +11,9 @@ HELLO = [{"role": "user", "content": "A point, please."}]
 
 
 class Point(BaseModel):
-    """A point."""
+    """A point. Nothing else: a model of random weights would never be done with what more there may be."""
 
+    model_config = {"extra": "forbid"}
     x: int = Field(ge=0, le=99)
     colour: str = Field(pattern="^(red|green)$")
 
